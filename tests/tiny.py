@@ -1,0 +1,99 @@
+"""Tiny models of every family, and a tiny tokenizer, built on the spot: nothing here touches the network."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILY_NAMES = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
+VOCAB_SIZE = 320
+EXPERT_WIDTH, NUM_EXPERTS, NUM_LAYERS, KV_GROUPS, HEADS = 32, 4, 2, 2, 4
+
+_SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_GROUPS,
+    "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256, "num_experts_per_tok": 2, "initializer_range": 0.3,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+_OWN: dict[str, dict[str, Any]] = {
+    "phimoe": {
+        "intermediate_size": EXPERT_WIDTH, "num_local_experts": NUM_EXPERTS, "attention_bias": True,
+        "lm_head_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "router_jitter_noise": 0.1,
+    },
+    "mixtral": {"intermediate_size": EXPERT_WIDTH, "num_local_experts": NUM_EXPERTS},
+    "olmoe": {"intermediate_size": EXPERT_WIDTH, "num_experts": NUM_EXPERTS},
+    "qwen3_moe": {
+        "moe_intermediate_size": EXPERT_WIDTH, "intermediate_size": 48, "num_experts": NUM_EXPERTS, "head_dim": 16,
+        "mlp_only_layers": [0], "num_hidden_layers": NUM_LAYERS + 1,
+    },
+}  # fmt: skip
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A randomly initialised float32 model in eval mode; `overrides` are config keys."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**_SHAPE, **_OWN[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def tiny_batch(rows: int = 4, length: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens, labels equal to the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, VOCAB_SIZE, (rows, length), generator=generator)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
+
+
+@functools.cache
+def documents() -> list[str]:
+    """Real prose without a dependency: the standard library's language reference."""
+    return [text for _, text in sorted(topics.items()) if len(text) > 400]
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCAB_SIZE` entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents()[:40], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    return fast
+
+
+def save_tiny(folder: Path, family: str = "phimoe", seed: int = 0, **overrides: Any) -> Path:
+    """A tiny checkpoint with its tokenizer on disk."""
+    tiny_model(family, seed, **overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, pieces: int = 60) -> Path:
+    """A small `.jsonl` of real prose."""
+    import json
+
+    path.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in documents()[:pieces]))
+    return path
