@@ -1,0 +1,388 @@
+"""One sweep over real text gives every statistic that any criterion needs (`ExpertStats`).
+
+For a neuron with activation `a = act(W_gate x) * (W_up x)` a mask `m = 1` on `a` has the gradient `dL/dm = a * dL/da`,
+summed over the tokens that were routed to its expert. It equals `sum_d W_down[d, f] * grad(W_down)[d, f]`, but needs
+no weight gradient, so the model stays frozen and the extra memory is one layer's activations at a time.
+
+Shape letters: L layers with experts, E experts, F expert width, N tokens, S routed token-expert pairs, Q sequences in
+a batch, A layers with attention (all), H query heads, G key/value groups, C head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from slimmoe_hf.families import family_of, layer_views, moe_layers, shape_of
+from slimmoe_hf.losses import cross_entropy, forward_kl
+from slimmoe_hf.stats import ExpertStats, StatsMeta
+
+Batch = Mapping[str, Tensor]
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(logits_NV, teacher_logits_NV, labels_N) -> loss_N`, one value per predicted token."""
+
+
+def lm_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Cross-entropy with the text itself. Returns `[N]`, nats."""
+    return cross_entropy(logits_NV, labels_N)
+
+
+def kd_topk_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """KL on the teacher's eight likeliest tokens, neither renormalised nor with a tail (SlimMoE, arXiv 2506.18349).
+
+    Either of the two would make the gradient exactly zero in the first stage, where student and teacher are equal.
+    Returns `[N]`, nats.
+    """
+    return forward_kl(logits_NV, teacher_logits_NV, top_k=8, add_tail=False)
+
+
+CALIBRATION_LOSSES: dict[str, TokenLoss] = {"lm": lm_loss, "kd_topk": kd_topk_loss}
+_IMPLEMENTATION = "slimmoe_scoring"
+
+
+class _Sweep:
+    """What the taps need to know of the batch in hand."""
+
+    sequence_N: Tensor
+    valid_N: Tensor
+    sequences: int
+
+    def start(self, batch: Batch) -> None:
+        ids = batch["input_ids"]
+        rows, length = ids.shape
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
+        starts = torch.zeros_like(ids)
+        starts[:, 0] = 1
+        if "position_ids" in batch:  # a packed row counts its documents apart
+            starts = torch.maximum(starts, (batch["position_ids"].expand(rows, length) == 0).to(ids.dtype))
+        self.sequence_N = starts.flatten().cumsum(0) - 1
+        self.valid_N = mask.flatten().bool()
+        self.sequences = int(self.sequence_N[-1]) + 1
+
+
+def _accumulator(device: torch.device, *shape: int) -> Tensor:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum consecutive runs of rows: `[S, F]`, run lengths `[B]` -> `[B, F]`; deterministic on every device."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
+
+
+class _ExpertSums:
+    """Running sums of one layer's experts."""
+
+    def __init__(self, experts: nn.Module, width: int, number: int, device: torch.device, sweep: _Sweep) -> None:
+        self.sweep = sweep
+        self.number = number
+        self.tokens = _accumulator(device, number)
+        self.neuron = {name: _accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
+
+    def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
+        """Add one backward pass; pairs are sorted by expert, then by token."""
+        sweep = self.sweep
+        kept_S = sweep.valid_N[token_S]
+        if not bool(kept_S.all()):
+            act_SF, grad_SF, gate_S = act_SF[kept_S], grad_SF[kept_S], gate_S[kept_S]
+            token_S, expert_S = token_S[kept_S], expert_S[kept_S]
+        act, grad, gate = act_SF.float(), grad_SF.float(), gate_S.float().unsqueeze(-1)
+        routed_E = torch.bincount(expert_S, minlength=self.number)
+        bucket_S = expert_S * sweep.sequences + sweep.sequence_N[token_S]
+        lengths = torch.bincount(bucket_S, minlength=self.number * sweep.sequences)
+        per_sequence = _sum_rows(act * grad, lengths).view(self.number, sweep.sequences, -1)
+        sums = {
+            "taylor_LEF": per_sequence.abs().sum(1, dtype=torch.float64),
+            "fisher_LEF": per_sequence.square().sum(1, dtype=torch.float64),
+            "act_sq_LEF": _sum_rows(act.square(), routed_E),
+            "gated_act_sq_LEF": _sum_rows((act * gate).square(), routed_E),
+            "grad_sq_LEF": _sum_rows(grad.square(), routed_E),
+        }
+        for name, value in sums.items():
+            self.neuron[name] += value
+        self.tokens += routed_E
+
+
+class _HeadSums:
+    """Running sums of one layer's query heads, seen at the input of `o_proj`."""
+
+    def __init__(self, heads: int, device: torch.device, sweep: _Sweep) -> None:
+        self.sweep = sweep
+        self.heads = heads
+        self.head = {name: _accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
+
+    def record(self, value: Tensor, grad: Tensor) -> None:
+        """Add one backward pass; both tensors are `[rows, T, H * C]`."""
+        shape = (-1, self.heads, value.shape[-1] // self.heads)
+        valid = self.sweep.valid_N[:, None, None]
+        value, grad = value.reshape(shape).float() * valid, grad.reshape(shape).float() * valid
+        lengths = torch.bincount(self.sweep.sequence_N, minlength=self.sweep.sequences)
+        per_sequence = _sum_rows((value * grad).sum(-1), lengths)
+        self.head["head_taylor_AH"] += per_sequence.abs().sum(0)
+        self.head["head_fisher_AH"] += per_sequence.square().sum(0)
+        self.head["head_act_sq_AH"] += value.square().sum((0, 2))
+        self.head["head_grad_sq_AH"] += grad.square().sum((0, 2))
+
+
+class _ExpertTap(torch.autograd.Function):
+    """The identity; on the way back it hands activation and gradient to the sums of its layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, act_SF: Tensor, sums: _ExpertSums, token_S: Tensor, expert_S: Tensor, gate_S: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(act_SF, token_S, expert_S, gate_S.detach())
+        ctx.sums = sums
+        return act_SF.view_as(act_SF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        act_SF, token_S, expert_S, gate_S = ctx.saved_tensors
+        ctx.sums.record(act_SF, grad_SF, token_S, expert_S, gate_S)
+        return grad_SF, None, None, None, None
+
+
+class _HeadTap(torch.autograd.Function):
+    """The identity; on the way back it hands the heads' outputs and gradients to the sums of their layer."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, sums: _HeadSums) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.sums = sums
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.sums.record(ctx.saved_tensors[0], grad)
+        return grad, None
+
+
+_SUMS: WeakKeyDictionary[nn.Module, _ExpertSums] = WeakKeyDictionary()
+
+
+def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
+    """The experts' forward with a tap on the activations, in the form transformers' experts interface asks for."""
+    tokens, k = index_NK.shape
+    expert_S, order_S = torch.sort(index_NK.flatten(), stable=True)
+    token_S, gate_S = order_S // k, gate_NK.flatten()[order_S]
+    ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0).to(torch.int32)
+    inputs = F.grouped_mm(hidden_ND[token_S], experts.gate_up_proj.transpose(-2, -1), offs=ends_E)
+    act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
+    out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E) * gate_S.unsqueeze(-1)
+    unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no weight gradients, gradients through the embeddings' output; all put back afterwards."""
+    training = model.training
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    hook = model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+
+
+@contextmanager
+def _tapped(model: PreTrainedModel, sweep: _Sweep) -> Iterator[tuple[list[_ExpertSums], list[_HeadSums]]]:
+    """Route the experts through `_scoring_experts` and put a tap before every `o_proj`."""
+    shape, device = shape_of(model.config), model.device
+    expert_sums = []
+    for _, experts, _router in moe_layers(model):
+        _SUMS[experts] = _ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
+        expert_sums.append(_SUMS[experts])
+    before = model.config._experts_implementation
+    with ExitStack() as stack:
+        head_sums = []
+        for view in layer_views(model):
+            sums = _HeadSums(shape.query_heads, device, sweep)
+            hook = view.attention.o_proj.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+                lambda _module, args, sums=sums: (_HeadTap.apply(args[0], sums), *args[1:])
+            )
+            stack.callback(hook.remove)
+            head_sums.append(sums)
+        stack.callback(lambda: [_SUMS.pop(experts) for _, experts, _router in moe_layers(model)])
+        model.set_experts_implementation(_IMPLEMENTATION)
+        stack.callback(model.set_experts_implementation, before)
+        yield expert_sums, head_sums
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """What each position should predict, `[rows, T]`; -100 where there is nothing to predict or it is masked."""
+    labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    if "position_ids" in batch:
+        labels = labels.masked_fill(batch["position_ids"].expand_as(labels) == 0, -100)
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def collect_stats(
+    model: PreTrainedModel,
+    dataloader: Iterable[Batch],
+    loss: str | TokenLoss = "kd_topk",
+    teacher: PreTrainedModel | None = None,
+    *,
+    progress: bool = True,
+) -> ExpertStats:
+    """Sweep a model once over calibration text and keep, per neuron and head, every statistic the criteria need.
+
+    The model is run in eval mode and as it is: nothing of it changes, and weights need no gradient. Give it in
+    float32 (top-8 gradients are small where the teacher is sure). Each sequence counts by itself, so the result does
+    not depend on the batch size. In several processes each gives its own share of the batches, and all get the sum.
+
+    Args:
+        model: The model to be slimmed, of a known family.
+        dataloader: Batches as the model takes them: `input_ids`, and where needed `attention_mask`, `labels` (-100
+            is not predicted), `position_ids` (a 0 starts a new document).
+        loss: What is differentiated: `kd_topk` (the paper's), `lm` (cross-entropy), or a function of
+            `(logits_NV, teacher_logits_NV, labels_N)` giving one value per token.
+        teacher: The model to be faithful to. Default: the model itself, which is the paper's first stage.
+        progress: Show a progress bar with the time left.
+
+    Returns:
+        Sums over the data; divide by the tokens in `meta` for means.
+
+    Raises:
+        ValueError: Unknown family or loss, no data, or a loss that is not finite (named by batch).
+    """
+    if isinstance(loss, str) and loss not in CALIBRATION_LOSSES:
+        raise ValueError(
+            f"calibration loss {loss!r} is unknown; use one of {', '.join(CALIBRATION_LOSSES)} or a function."
+        )
+    token_loss = CALIBRATION_LOSSES[loss] if isinstance(loss, str) else loss
+    family_of(model.config)
+    sweep, digest, counts = _Sweep(), hashlib.sha256(), {"tokens": 0, "sequences": 0}
+    total = len(dataloader) if isinstance(dataloader, Sized) else None
+    with _frozen(model), _tapped(model, sweep) as (expert_sums, head_sums):
+        for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
+            batch = {name: value.to(model.device) for name, value in given.items()}
+            sweep.start(batch)
+            _backward(model, teacher, token_loss, batch, number)
+            counts["tokens"] += int(sweep.valid_N.sum())
+            counts["sequences"] += sweep.sequences
+            for row, mask in zip(
+                batch["input_ids"].cpu(), sweep.valid_N.view_as(batch["input_ids"]).cpu(), strict=True
+            ):
+                digest.update(row[mask].long().numpy().tobytes() + b"|")
+    tensors = _stack(expert_sums, head_sums)
+    digests = _reduce(tensors, counts, digest.hexdigest())
+    if counts["tokens"] == 0:
+        raise ValueError("the calibration data has no tokens. Give at least one sequence.")
+    meta = StatsMeta(
+        family=model.config.model_type,
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        layers=[index for index, _, _ in moe_layers(model)],
+        loss=loss if isinstance(loss, str) else loss.__name__,
+        data_sha256=digests,
+        model_sha256=weights_sha256(model),
+        teacher_sha256=weights_sha256(teacher) if teacher is not None else None,
+        **counts,
+    )
+    return ExpertStats(meta=meta, **tensors, **_weight_norms(model))
+
+
+def _backward(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int
+) -> None:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels_N = next_tokens(batch).flatten()
+    predicted = labels_N != -100
+    with torch.enable_grad():
+        logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1)[predicted]
+        if teacher is None:
+            teacher_NV = logits_NV.detach()
+        else:
+            with torch.no_grad():
+                on_device = {name: value.to(teacher.device) for name, value in inputs.items()}
+                teacher_NV = teacher(**on_device, use_cache=False).logits.flatten(0, 1).to(model.device)[predicted]
+            vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
+            logits_NV, teacher_NV = logits_NV[:, :vocabulary], teacher_NV[:, :vocabulary]
+        value = loss(logits_NV, teacher_NV, labels_N[predicted]).sum()
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"the calibration loss of batch {number} is {value.item()}: the model's weights or logits are not finite "
+            "in this dtype. Load it in float32, and check the checkpoint."
+        )
+    value.backward()  # type: ignore[no-untyped-call]
+
+
+def _stack(expert_sums: list[_ExpertSums], head_sums: list[_HeadSums]) -> dict[str, Tensor]:
+    tensors = {name: torch.stack([s.neuron[name] for s in expert_sums]) for name in ExpertStats.NEURON_SUMS}
+    tensors |= {name: torch.stack([s.head[name] for s in head_sums]) for name in ExpertStats.HEAD_SUMS}
+    tensors["tokens_LE"] = torch.stack([s.tokens for s in expert_sums])
+    return tensors
+
+
+def _reduce(tensors: dict[str, Tensor], counts: dict[str, int], digest: str) -> str:
+    """Add up over processes, in place; the data's hash becomes the hash of all shares in rank order."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return digest
+    for tensor in tensors.values():
+        distributed.all_reduce(tensor)
+    shares: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(shares, (digest, dict(counts)))
+    for key in counts:
+        counts[key] = sum(share[1][key] for share in shares)
+    return hashlib.sha256("".join(share[0] for share in shares).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _weight_norms(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Euclidean norms of each neuron's weights and of each group's heads."""
+    shape, layout = shape_of(model.config), family_of(model.config).layout
+    neuron, head_out, group = [], [], []
+    for _, experts, _router in moe_layers(model):
+        up, down = getattr(experts, layout.gate_up), getattr(experts, layout.down)
+        index = torch.arange(shape.expert_width, device=up.device).unsqueeze(-1)
+        rows = layout.input_index(index, shape.expert_width)
+        squares = torch.stack([e.float().square().sum(1 - layout.input_axis)[rows].sum(-1) for e in up])
+        norms = torch.stack([e.float().square().sum(1 - layout.down_axis) for e in down])
+        neuron.append((squares.sqrt(), norms.sqrt()))
+    for view in layer_views(model):
+        attention: Any = view.attention
+        out = attention.o_proj.weight.float().square().sum(0).view(shape.query_heads, -1).sum(-1)
+        parts = [
+            projection.weight.float().square().sum(1).view(shape.kv_groups, -1).sum(-1)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        group.append((sum(parts) + out.view(shape.kv_groups, -1).sum(-1)).sqrt())
+        head_out.append(out.sqrt())
+    return {
+        "input_norm_LEF": torch.stack([n[0] for n in neuron]).double(),
+        "down_norm_LEF": torch.stack([n[1] for n in neuron]).double(),
+        "head_out_norm_AH": torch.stack(head_out).double(),
+        "group_norm_AG": torch.stack(group).double(),
+    }
+
+
+@torch.no_grad()
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, the same in every dtype that holds them exactly: values are hashed as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        for part in tensor if tensor.dim() > 2 else [tensor]:
+            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

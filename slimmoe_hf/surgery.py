@@ -1,0 +1,110 @@
+"""A plan applied to a model in memory, in place: the only writer of shapes there.
+
+Shape letters: E experts, F expert width, D model width, H query heads, G key/value groups, C head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimmoe_hf.families import Shape, family_of, layer_views, shape_of
+from slimmoe_hf.plan import CompressionPlan
+
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+def apply_plan(model: M, plan: CompressionPlan) -> M:
+    """Cut a model to a plan, in place.
+
+    Afterwards the config says the new sizes, and `save_pretrained` writes a checkpoint that plain transformers loads.
+    An optimizer made before the cut holds the old parameters: cut first.
+
+    Args:
+        model: A whole model on real devices, of the plan's family and of the sizes it starts from.
+        plan: From `make_plan` or `CompressionPlan.load`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: The model is of another family or of other sizes than the plan starts from. Nothing was changed.
+    """
+    check_fits(model, plan)
+    plan.check()
+    for view in layer_views(model):
+        if view.index in plan.neurons and view.experts is not None:
+            _narrow_experts(view.experts, plan.neurons[view.index], model)
+        if view.index in plan.groups:
+            _drop_groups(view.attention, plan.groups[view.index], plan.meta.before, plan.meta.after)
+    _rewrite_config(model, plan.meta.after, groups_cut=bool(plan.groups))
+    return model
+
+
+def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
+    """Raise ValueError unless the plan starts from this model's family and sizes."""
+    if model.config.model_type != plan.meta.family:
+        raise ValueError(f"the plan is for {plan.meta.family}, the model is {model.config.model_type}.")
+    have, want = shape_of(model.config), plan.meta.before
+    if have != want:
+        differences = [
+            f"{name} {getattr(want, name)}, the model has {getattr(have, name)}"
+            for name in have.__dataclass_fields__
+            if getattr(have, name) != getattr(want, name)
+        ]
+        raise ValueError(
+            f"the plan was made for another model: it expects {'; '.join(differences)}. Make a plan for this one."
+        )
+    missing = set(plan.neurons) - {view.index for view in layer_views(model) if view.experts is not None}
+    if missing:
+        raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
+
+
+def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:
+    data = parameter.data.index_select(axis, kept.to(parameter.device)).contiguous()
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> None:
+    """Keep `kept_EF[e]` neurons of expert `e`, one expert at a time."""
+    layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
+    for name, axis, index_EF in (
+        (layout.gate_up, layout.input_axis, layout.input_index(kept_EF, width)),
+        (layout.down, layout.down_axis, kept_EF),
+    ):
+        old = getattr(experts, name)
+        shape = list(old.shape)
+        shape[axis + 1] = index_EF.shape[-1]
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        for expert, index in enumerate(index_EF.to(old.device)):
+            torch.index_select(old.data[expert], axis, index, out=new[expert])
+        setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    experts.intermediate_dim = kept_EF.shape[-1]
+
+
+def _drop_groups(attention: Any, kept_G: Tensor, before: Shape, after: Shape) -> None:
+    """Keep key/value groups with their query heads: rows of q, k, v (and their biases), columns of o (not its bias)."""
+    per_group = before.query_heads // before.kv_groups
+    width = torch.arange(before.head_width)
+    keys = (kept_G[:, None] * before.head_width + width).flatten()
+    heads = (kept_G[:, None] * per_group + torch.arange(per_group)).flatten()
+    queries = (heads[:, None] * before.head_width + width).flatten()
+    for projection, rows in ((attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)):
+        projection.weight = _select(projection.weight, rows, 0)
+        if projection.bias is not None:
+            projection.bias = _select(projection.bias, rows, 0)
+        projection.out_features = len(rows)
+    attention.o_proj.weight = _select(attention.o_proj.weight, queries, 1)
+    attention.o_proj.in_features = len(queries)
+
+
+def _rewrite_config(model: PreTrainedModel, after: Shape, groups_cut: bool) -> None:
+    config = model.config
+    setattr(config, family_of(config).width_key, after.expert_width)
+    if groups_cut:
+        config.head_dim = after.head_width  # no longer hidden_size / heads, so it must be said
+        config.num_key_value_heads = after.kv_groups
+        config.num_attention_heads = after.query_heads

@@ -1,0 +1,147 @@
+"""Promise 1: a slimmed model equals the original with the dropped neurons and groups masked, for every family."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from slimmoe_hf.families import FAMILIES, layer_views, shape_of
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
+from slimmoe_hf.surgery import apply_plan
+
+TARGETS = [Target(expert_width=16), Target(kv_groups=1), Target(expert_width=8, kv_groups=1)]
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "no_bias": {"attention_bias": False, "lm_head_bias": False},
+    "wide_heads": {"head_dim": 16},
+}
+
+
+def random_plan(model, target: Target, seed: int = 0) -> CompressionPlan:
+    """A plan with random indices, made without any sweep."""
+    from test_plan import fake_stats
+
+    return make_plan(fake_stats(model), target, criterion="random", seed=seed)
+
+
+def masked(model, plan: CompressionPlan):
+    """The original with the outputs of dropped neurons and heads zeroed; independent of the surgery's code."""
+    model = copy.deepcopy(model)
+    shape = shape_of(model.config)
+    for view in layer_views(model):
+        if view.index in plan.neurons:
+            for expert, kept in enumerate(plan.neurons[view.index]):
+                dropped = [f for f in range(shape.expert_width) if f not in kept.tolist()]
+                view.experts.down_proj.data[expert][:, dropped] = 0.0
+        if view.index in plan.groups:
+            per_group = shape.query_heads // shape.kv_groups
+            for head in range(shape.query_heads):
+                if head // per_group not in plan.groups[view.index].tolist():
+                    columns = slice(head * shape.head_width, (head + 1) * shape.head_width)
+                    view.attention.o_proj.weight.data[:, columns] = 0.0
+    return model
+
+
+def supported(family: str, target: Target, variant: str) -> None:
+    if target.kv_groups and FAMILIES[family].no_groups:
+        pytest.skip(FAMILIES[family].no_groups)
+    if variant == "attention_bias" and family == "mixtral":
+        pytest.skip("Mixtral's attention has no bias")
+    if variant == "no_bias" and family != "phimoe":
+        pytest.skip("the other families have no bias by default")
+    if variant == "wide_heads" and family == "olmoe":
+        pytest.skip("OLMoE's q/k norm is declared as wide as the model, so its heads are D/H wide")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_slimmed_equals_masked(family, target, variant):
+    supported(family, target, variant)
+    model, batch = tiny_model(family, **VARIANTS[variant]), tiny_batch()
+    plan = random_plan(model, target)
+    expected = masked(model, plan)(**batch).logits
+    slimmed = apply_plan(model, plan)
+    assert slimmed is model
+    assert shape_of(model.config) == plan.meta.after
+    assert_close(slimmed(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(expected, tiny_model(family, **VARIANTS[variant])(**batch).logits), "the cut changed nothing"
+
+
+@pytest.mark.parametrize("variant", ["plain", "tied", "wide_heads"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_slimmed_checkpoint_loads_with_plain_transformers(family, variant, tmp_path, caplog, capfd):
+    target = Target(expert_width=16) if FAMILIES[family].no_groups else Target(expert_width=16, kv_groups=1)
+    supported(family, target, variant)
+    model, batch = tiny_model(family, **VARIANTS[variant]), tiny_batch()
+    apply_plan(model, random_plan(model, target))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert "LOAD REPORT" not in capfd.readouterr().err
+    assert torch.equal(reloaded.eval()(**batch).logits, model(**batch).logits)
+    assert json.loads((tmp_path / "config.json").read_text()).get("head_dim", 0) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_generate_with_a_cache_agrees_with_no_cache_after_the_cut(family):
+    target = Target(expert_width=16) if FAMILIES[family].no_groups else Target(expert_width=16, kv_groups=1)
+    model = tiny_model(family)
+    apply_plan(model, random_plan(model, target))
+    prompt = tiny_batch(rows=2, length=8)["input_ids"]
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+        "eos_token_id": None,
+    }
+    cached = model.generate(prompt, use_cache=True, output_logits=True, return_dict_in_generate=True, **options)
+    plain = model.generate(prompt, use_cache=False, output_logits=True, return_dict_in_generate=True, **options)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable():
+    model = tiny_model("phimoe")
+    view = layer_views(model)[0]
+    view.experts.down_proj.requires_grad_(False)
+    apply_plan(model, random_plan(model, Target(expert_width=16)))
+    assert not view.experts.down_proj.requires_grad
+    assert view.experts.gate_up_proj.requires_grad
+
+
+def test_a_plan_of_another_model_is_refused_and_nothing_is_changed():
+    model = tiny_model("phimoe")
+    plan = random_plan(tiny_model("phimoe", intermediate_size=64), Target(expert_width=16))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="expert_width 64, the model has 32"):
+        apply_plan(model, plan)
+    with pytest.raises(ValueError, match="the plan is for phimoe, the model is mixtral"):
+        apply_plan(tiny_model("mixtral"), plan)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_two_cuts_in_a_row_equal_one():
+    """Slimming a slimmed model composes: 32 -> 16 -> 8 with nested choices is 32 -> 8."""
+    once, twice = tiny_model("phimoe"), tiny_model("phimoe")
+    wide = random_plan(once, Target(expert_width=16))
+    apply_plan(twice, wide)
+    narrow = random_plan(twice, Target(expert_width=8), seed=1)
+    apply_plan(twice, narrow)
+    both = {layer: wide.neurons[layer].gather(-1, narrow.neurons[layer]) for layer in wide.neurons}
+    after = validate_target(once.config, Target(expert_width=8))
+    apply_plan(once, CompressionPlan(wide.meta.model_copy(update={"after": after}), both, {}))
+    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True))
