@@ -1,0 +1,151 @@
+"""The settings of a distillation run: TRL's `SFTConfig` and a few fields more."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+
+@dataclass
+class DistillationConfig(SFTConfig):
+    """Arguments of `DistillationTrainer`; every argument of `SFTConfig` keeps its meaning.
+
+    Defaults that differ from `SFTConfig`: `router_aux_loss_coef` is 0.0 instead of the model's own,
+    `logging_nan_inf_filter` is False (the trainer stops on a non-finite loss, and the filter costs a device sync per
+    micro-batch), and `bf16`, where neither it nor `fp16` is set, is on only where the machine has an accelerator that
+    computes in bfloat16: on a CPU it is slower than float32 and less exact.
+
+    Attributes:
+        beta: 0.0 forward KL, 1.0 reverse KL, between them the generalised Jensen-Shannon divergence.
+        temperature: T of the divergence. The divergence is multiplied by T^2, so that its weight keeps its meaning.
+        loss_top_k: Entries of the teacher's distribution that the forward KL uses; 0 is all.
+        loss_add_tail: With `loss_top_k`, whether the other entries count as one.
+        distillation_weight: Weight of the divergence: a number, or `[start, end]` for a linear schedule over training.
+        crossentropy_weight: Weight of the cross-entropy with the data, likewise.
+        teacher_model_init_kwargs: For `from_pretrained`, where the teacher is given by name.
+
+    Raises:
+        ValueError: A value outside its range, or an SFT setting that the distillation loss replaces.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
+
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Coefficient of the load-balancing loss of the student's routers. 0.0 is off; None takes the "
+            "coefficient of the model's config."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave non-finite losses out of the logs. Training stops on them either way."}
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "0.0 is forward KL, 1.0 reverse KL, between them the generalised JSD."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the divergence, which is multiplied by its square."}
+    )
+    loss_top_k: int = field(
+        default=0, metadata={"help": "How many of the teacher's likeliest tokens the forward KL uses; 0 is all."}
+    )
+    loss_add_tail: bool = field(
+        default=True, metadata={"help": "With loss_top_k: whether all other tokens count as one more."}
+    )
+    # `default_factory` and `str` are for HfArgumentParser, which then reads one or two numbers from the command line.
+    distillation_weight: float | list[float] | str = field(
+        default_factory=lambda: 1.0,
+        metadata={"help": "Weight of the divergence: a number, or start and end of a linear schedule."},
+    )
+    crossentropy_weight: float | list[float] | str = field(
+        default_factory=lambda: 0.0,
+        metadata={"help": "Weight of the cross-entropy: a number, or start and end of a linear schedule."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name."},
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in defaults that depend on the machine and check every value."""
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
+        super().__post_init__()
+        for name in ("distillation_weight", "crossentropy_weight"):
+            setattr(self, name, _schedule(name, getattr(self, name)))
+        self._check_loss()
+        self._check_replaced()
+
+    def weights_at(self, progress: float) -> tuple[float, float]:
+        """Weights of divergence and cross-entropy at `progress`, from 0.0 (first step) to 1.0 (last step)."""
+        ends = (_ends(self.distillation_weight), _ends(self.crossentropy_weight))
+        distillation, crossentropy = (start + (end - start) * progress for start, end in ends)
+        return distillation, crossentropy
+
+    def _check_loss(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta={self.beta} is outside [0, 1]. 0.0 is forward KL, 1.0 is reverse KL.")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} is not a positive number. 1.0 is no softening.")
+        if self.loss_top_k < 0:
+            raise ValueError(f"loss_top_k={self.loss_top_k} is negative. Give 0 for the full vocabulary, or 1 or more.")
+        if self.loss_top_k and self.beta != 0.0:
+            raise ValueError(
+                f"loss_top_k={self.loss_top_k} with beta={self.beta}: only forward KL can be cut to the teacher's "
+                "likeliest tokens. Set beta=0.0, or loss_top_k=0."
+            )
+        for progress, when in ((0.0, "start"), (1.0, "end")):
+            if sum(self.weights_at(progress)) == 0.0:
+                raise ValueError(
+                    f"distillation_weight and crossentropy_weight are both 0 at the {when} of training, which leaves "
+                    "nothing to learn from. Make one of them positive."
+                )
+        if self.router_aux_loss_coef is not None and not 0.0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is negative. 0.0 turns it off.")
+
+    def _check_replaced(self) -> None:
+        """SFT settings that our `compute_loss` would silently ignore."""
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type={self.loss_type!r} has no meaning here: distillation_weight and crossentropy_weight choose "
+                "the loss. Leave loss_type unset."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
+                "is the smoothing. Set it to 0.0."
+            )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True replaces the forward that gives the logits. Leave it off; "
+                "model_init_kwargs={'use_kernels': True} brings kernels for the layers."
+            )
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False weighs a token by the process it falls on, so the gradient would "
+                "depend on how the batch was cut. Leave it True."
+            )
+
+
+def _ends(weight: float | list[float] | str) -> tuple[float, float]:
+    """Start and end of a weight that `_schedule` has checked."""
+    assert not isinstance(weight, str)
+    return (weight[0], weight[1]) if isinstance(weight, list) else (weight, weight)
+
+
+def _schedule(name: str, weight: float | list[float] | str) -> float | list[float]:
+    """One number, or `[start, end]`, from what YAML, JSON text or a command line made of it."""
+    parsed = json.loads(weight) if isinstance(weight, str) else weight
+    numbers = list(parsed) if isinstance(parsed, list | tuple) else [parsed]
+    legal = all(isinstance(number, int | float) and 0.0 <= number < math.inf for number in numbers)
+    if not legal or len(numbers) not in (1, 2):
+        raise ValueError(
+            f"{name}={weight!r} is neither a number of at least 0 nor two of them. Give one number, or [start, end] "
+            "for a linear schedule over training."
+        )
+    return float(numbers[0]) if len(numbers) == 1 else [float(number) for number in numbers]

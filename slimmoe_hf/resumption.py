@@ -1,0 +1,262 @@
+"""Resume a `Trainer` run exactly, or not at all.
+
+Three faults of the stock Trainer are closed here. It loads checkpoints by the names on disk, so that fused experts
+silently keep their old weights (transformers #48805): `load_weights` goes through `from_pretrained`. It resumes from
+checkpoints that were torn by a crash: `mark_complete` writes a mark last. It starts a fresh optimizer where the saved
+one is missing: `require_complete` refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+MARK = "complete.json"
+"""The file that vouches for a checkpoint: names and sizes of all others, written last."""
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Restore every weight of a model in place from a saved one, whatever the names on disk.
+
+    The checkpoint is read by `from_pretrained` of the model's own class and copied over: parameters stay the same
+    objects (an optimizer may hold them already), on their device, in their dtype. Needs a second copy of the model in
+    CPU memory while it runs.
+
+    Args:
+        model: The model to fill.
+        folder: A folder that `save_pretrained` or a Trainer wrote.
+
+    Raises:
+        ValueError: The folder holds no readable model, or tensors are missing, unexpected or of another shape, with
+            their names. The model is unchanged then.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json, so no saved model. Name a folder that save_pretrained wrote.")
+    targets = model.state_dict()
+    # The widest dtype of the model: what was saved from it passes through unchanged.
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in targets.values() if t.is_floating_point()))
+    try:
+        loaded: Any = type(model).from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the saved model cannot be read. {str(error).splitlines()[0]}") from error
+    saved_model, report = loaded
+    saved = saved_model.state_dict()
+    faults = [
+        *(f"{name} is missing" for name in sorted(report["missing_keys"])),
+        *(f"{name} is unexpected" for name in sorted(report["unexpected_keys"])),
+        *(f"{name} is {list(was)} there and {list(is_)} by its config" for name, was, is_ in report["mismatched_keys"]),
+        *(f"{name} is unexpected" for name in saved if name not in targets),
+        *_shape_faults(targets, saved),
+        *_tie_faults(targets, saved),
+    ]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise ValueError(f"{folder} does not hold the weights of this model: {'; '.join(faults[:5])}{more}.")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved[name])
+
+
+def _shape_faults(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> list[str]:
+    faults = [f"{name} is missing" for name in targets if name not in saved]
+    for name, target in targets.items():
+        if name in saved and saved[name].shape != target.shape:
+            faults.append(f"{name} is {list(saved[name].shape)} there and {list(target.shape)} here")
+    return faults
+
+
+def _tie_faults(targets: dict[str, Tensor], saved: dict[str, Tensor]) -> list[str]:
+    """Two names of one parameter that were two different tensors when saved."""
+    faults: list[str] = []
+    first_name: dict[tuple[int, torch.Size], str] = {}
+    for name, target in targets.items():
+        first = first_name.setdefault((target.data_ptr(), target.shape), name)
+        if first in saved and name in saved and not _same(saved[first], saved[name]):
+            faults.append(f"{name} and {first} are tied here and differ there")
+    return faults
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def mark_complete(folder: str | Path) -> None:
+    """Vouch for a checkpoint: flush its files to disk, then write their names and sizes under a temporary name, rename.
+
+    Args:
+        folder: A checkpoint that every process has finished writing.
+    """
+    folder = Path(folder)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    for path in _files(folder):
+        _flush(path)
+    part = folder / f"{MARK}.part"
+    part.write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+    _flush(part)
+    part.replace(folder / MARK)
+    _flush(folder)
+
+
+def unmark(folder: str | Path) -> None:
+    """Withdraw the mark before a checkpoint is written over: same names and sizes would pass for the old one."""
+    (Path(folder) / MARK).unlink(missing_ok=True)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint is marked, every file it vouches for has its size, and training can go on from it."""
+    return not _fault(Path(folder))
+
+
+def require_complete(folder: str | Path) -> None:
+    """Refuse a checkpoint that training cannot go on from.
+
+    Raises:
+        ValueError: It is torn (no mark, a file missing or of another size), or holds no optimizer state.
+    """
+    fault = _fault(Path(folder))
+    if fault:
+        raise ValueError(
+            f"{folder} cannot be resumed from: {fault}. Name a complete checkpoint, or pass "
+            "resume_from_checkpoint=True for the last complete one of output_dir."
+        )
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of a run with the most steps, or None; torn ones are passed over."""
+    return next((folder for folder in reversed(_checkpoints(Path(output_dir))) if is_complete(folder)), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARK, f"{MARK}.part"))
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder reach the disk; only POSIX can flush what was opened for reading."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run by number of steps."""
+    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in output_dir.glob("*/")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _fault(folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from; empty where it can."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / MARK).is_file():
+        return f"it has no {MARK}, so its writing was cut short (or another program wrote it)"
+    try:
+        files: dict[str, int] = json.loads((folder / MARK).read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {MARK} is damaged"
+    for name, size in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+    # `optimizer.pt`, FSDP's `optimizer.bin` or `optimizer_0/`, DeepSpeed's `global_step10/`
+    if not any(name.startswith(("optimizer", "global_step")) for name in files):
+        return "it holds no optimizer state (save_only_model=True writes none)"
+    return ""
+
+
+def _rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`; `keep` stays, and torn ones are not counted."""
+    if limit is None or limit <= 0:
+        return
+    complete = [folder for folder in _checkpoints(output_dir) if is_complete(folder)]
+    spare = [folder for folder in complete if folder.resolve() not in keep]
+    for folder in spare[: max(0, len(complete) - max(limit, len(keep)))]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class ResumableTrainer(Trainer):
+    """A `Trainer` whose interrupted run ends with the same weights as one left alone (same machine, same threads).
+
+    Checkpoints carry a mark that is written last; `train(resume_from_checkpoint=True)` takes the last complete one,
+    and a named one must be complete. Every weight comes back, on resume and with `load_best_model_at_end`. PEFT
+    adapters, FSDP and DeepSpeed load their weights the stock way.
+    """
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; arguments as `Trainer.train`.
+
+        Raises:
+            ValueError: There is no complete checkpoint to resume from, the named one is torn or without optimizer
+                state, or it is of a model with other shapes.
+        """
+        folder: Path | None = None
+        if resume_from_checkpoint is True:
+            output_dir = Path(str(self.args.output_dir))
+            folder = last_complete_checkpoint(output_dir)
+            if folder is None:
+                torn = [f"{path.name}: {_fault(path)}" for path in _checkpoints(output_dir)]
+                raise ValueError(
+                    f"{output_dir} holds no complete checkpoint ({'; '.join(torn) or 'none at all'}). "
+                    "Start without resume_from_checkpoint."
+                )
+        elif resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            require_complete(folder)
+        # The Trainer seeds in `__init__`: what ran since, such as a calibration that a second start can skip, would
+        # decide the noise of the first steps.
+        set_seed(self.args.seed)
+        return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)
+        # Rotation has to wait for the mark: until then an older checkpoint may be the only complete one.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            best = self.state.best_model_checkpoint
+            _rotate(output_dir, limit, {folder.resolve()} | ({Path(best).resolve()} if best else set()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self._model_to_fill(model)
+        if target is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(target, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        target = self._model_to_fill(None)
+        if target is None:
+            super()._load_best_model()
+        else:
+            load_weights(target, str(self.state.best_model_checkpoint))
+
+    def _model_to_fill(self, model: nn.Module | None) -> PreTrainedModel | None:
+        """The model that `load_weights` can fill; None for adapters and for sharded models."""
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return target if isinstance(target, PreTrainedModel) and not sharded else None

@@ -1,0 +1,92 @@
+"""Tiny distillation runs for the tests: data of unequal length, quiet settings, child processes that may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.trainer import DistillationTrainer
+
+
+def unequal_rows(count: int = 8, seed: int = 0, shortest: int = 5, longest: int = 30) -> Dataset:
+    """Rows of random tokens, no two of one length in a row, some of their tokens not trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = shortest + (index * 7) % (longest - shortest)
+        ids = torch.randint(5, VOCAB_SIZE, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (index % 4) + ids[index % 4 :]})
+    return Dataset.from_list(rows)
+
+
+def settings(folder: Path, **overrides: Any) -> DistillationConfig:
+    """Two steps over eight rows, float32, nothing printed."""
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
+        "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "gradient_checkpointing": False, "max_length": 64,
+    }  # fmt: skip
+    return DistillationConfig(output_dir=str(folder), **{**defaults, **overrides})
+
+
+def trainer_for(
+    folder: Path, family: str = "mixtral", student: PreTrainedModel | None = None, **overrides: Any
+) -> DistillationTrainer:
+    """A student and a teacher with different weights; keywords of the trainer are told from settings by name."""
+    own = {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_KEYWORDS}
+    own.setdefault("train_dataset", unequal_rows())
+    if "labels" in own["train_dataset"].column_names:  # nothing to prepare, and preparing takes most of the time
+        overrides.setdefault("dataset_kwargs", {"skip_prepare_dataset": True})
+    teacher = own.pop("teacher_model", None) or tiny_model(family, seed=1)
+    return DistillationTrainer(
+        student or tiny_model(family), teacher, settings(folder, **overrides), processing_class=tiny_tokenizer(), **own
+    )
+
+
+TRAINER_KEYWORDS = (
+    "teacher_model", "train_dataset", "eval_dataset", "callbacks", "peft_config", "compute_loss_func", "data_collator"
+)  # fmt: skip
+
+
+def in_child(function: Callable[..., None], *arguments: Any) -> int:
+    """Run in a forked process, as good as a new one for a kill and without its imports; returns the exit code."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the child did not end in 120 seconds"
+    return child.exitcode
+
+
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> list[int]:
+    """Run in two forked processes that find each other over gloo, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_ranked, args=(rank, port, function, arguments)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    return [child.exitcode if child.exitcode is not None else -1 for child in children]
+
+
+def _ranked(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    function(*arguments)
+    torch.distributed.destroy_process_group()
