@@ -1,3 +1,55 @@
 """Slim large Mixture-of-Experts language models and train them back to strength, inside the Hugging Face loop."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimmoe_hf.arguments import DistillationConfig
+    from slimmoe_hf.calibration import collect_stats
+    from slimmoe_hf.callbacks import SlimmingCallback
+    from slimmoe_hf.criteria import CRITERIA
+    from slimmoe_hf.families import FAMILIES
+    from slimmoe_hf.pipeline import run_recipe
+    from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+    from slimmoe_hf.stats import ExpertStats
+    from slimmoe_hf.surgery import apply_plan
+    from slimmoe_hf.trainer import DistillationTrainer
+
 __version__ = "0.1.0"
+
+# Where each public name lives: imported when first used, so that `slimmoe --help` does not wait for torch.
+_HOMES = {
+    "CRITERIA": "criteria",
+    "FAMILIES": "families",
+    "CompressionPlan": "plan",
+    "DistillationConfig": "arguments",
+    "DistillationTrainer": "trainer",
+    "ExpertStats": "stats",
+    "SlimmingCallback": "callbacks",
+    "Target": "plan",
+    "apply_plan": "surgery",
+    "collect_stats": "calibration",
+    "make_plan": "plan",
+    "run_recipe": "pipeline",
+}
+
+__all__ = [
+    "CRITERIA",
+    "FAMILIES",
+    "CompressionPlan",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "ExpertStats",
+    "SlimmingCallback",
+    "Target",
+    "apply_plan",
+    "collect_stats",
+    "make_plan",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"slimmoe_hf.{_HOMES[name]}"), name)
