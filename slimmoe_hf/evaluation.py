@@ -1,0 +1,237 @@
+"""Measure a checkpoint as it lies on disk: held-out loss, bits per byte, agreement, speed, size, samples.
+
+Anyone can recompute the loss with plain transformers: tokenise every document of the split, end each with the
+end-of-text token, concatenate, cut into rows of T tokens (the rest is dropped), and take the mean cross-entropy over
+the T - 1 predicted tokens of every row.
+
+Shape letters: N rows, T tokens per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict
+from rich import get_console
+from rich.progress import track
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimmoe_hf.data import document_text, take_tokens, tokenize, tokenize_document
+from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.loading import load_model, weight_bytes, weights_sha256
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that models are measured on.
+
+    Attributes:
+        rows_NT: Token ids, cut as the module says.
+        documents: How many documents the rows come from.
+        stream_tokens: Their tokens, each end-of-text token counted, the dropped rest too.
+        stream_bytes: Their UTF-8 bytes (of chats: as the template renders them).
+    """
+
+    rows_NT: Tensor
+    documents: int
+    stream_tokens: int
+    stream_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens: T - 1 in every row."""
+        return self.rows_NT.shape[0] * (self.rows_NT.shape[1] - 1)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """`loss / ln 2 * stream_tokens / stream_bytes`: nats per token as bits per byte of the text itself."""
+        return loss / math.log(2) * self.stream_tokens / self.stream_bytes
+
+
+class Measurement(BaseModel):
+    """What `evaluate_checkpoint` finds.
+
+    Attributes:
+        total_parameters: All weights. active_parameters: Those a token meets: K of E experts, everything else whole.
+        bytes: Size of the weight files. weights_sha256: Hash of their contents.
+        loss: Mean nats per predicted token. bits_per_byte: See `HeldOut.bits_per_byte`.
+        tokens_per_second: Median over the batches of a forward pass.
+        agreement: Share of positions where the teacher's likeliest token is the model's too; None without a teacher.
+        samples: Greedy continuations.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    total_parameters: int
+    active_parameters: int
+    bytes: int
+    loss: float
+    bits_per_byte: float
+    tokens_per_second: float
+    agreement: float | None = None
+    weights_sha256: str
+    samples: list[str] = []
+
+
+def held_out(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, tokens: int | None = None
+) -> HeldOut:
+    """Cut held-out documents into rows.
+
+    Args:
+        documents: One split, as `load_documents` gives it.
+        tokenizer: The model's.
+        max_length: T, tokens per row.
+        tokens: Read documents, in order, until they have this many tokens; None reads all.
+
+    Raises:
+        ValueError: There are fewer tokens than one row needs.
+    """
+    if tokens is not None:
+        documents = take_tokens(documents, tokens, tokenizer)
+    rows = tokenize(documents, tokenizer, max_length)
+    return HeldOut(
+        rows_NT=torch.tensor(rows["input_ids"][:]),
+        documents=len(documents),
+        stream_tokens=sum(len(tokenize_document(row, tokenizer)) for row in documents),
+        stream_bytes=sum(len(document_text(row, tokenizer).encode()) for row in documents),
+    )
+
+
+@torch.inference_mode()
+def measure_loss(
+    model: PreTrainedModel,
+    rows_NT: Tensor,
+    batch_size: int = 32,
+    teacher: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> tuple[float, float, float | None]:
+    """Sweep a model over held-out rows.
+
+    Args:
+        model: In eval mode.
+        rows_NT: Token ids.
+        batch_size: Rows at a time; the loss does not depend on it.
+        teacher: Compare the likeliest tokens with this model's.
+        progress: Show a progress bar.
+
+    Returns:
+        `(loss, tokens_per_second, agreement)` as in `Measurement`.
+
+    Raises:
+        ValueError: The loss is not finite.
+    """
+    nats, agreed, speeds = 0.0, 0, []
+    batches = rows_NT.split(batch_size)
+    shown = progress and get_console().is_terminal
+    for batch_NT in track(batches, "Evaluating", disable=not shown, transient=True):
+        ids_NT = batch_NT.to(model.device)
+        _synchronise(model.device)
+        started = time.perf_counter()
+        logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+        _synchronise(model.device)
+        speeds.append(ids_NT.numel() / (time.perf_counter() - started))
+        for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True):  # row by row: no second tensor of N x T x V
+            nats += F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum").item()
+        if teacher is not None:
+            teacher_NT = teacher(input_ids=batch_NT.to(teacher.device), use_cache=False).logits.argmax(-1)
+            agreed += int((logits_NTV.argmax(-1) == teacher_NT.to(model.device))[:, :-1].sum())
+    predicted = rows_NT.shape[0] * (rows_NT.shape[1] - 1)
+    if not math.isfinite(nats):
+        raise ValueError("the held-out loss is not finite: the weights or their products overflow in this dtype.")
+    return nats / predicted, statistics.median(speeds), agreed / predicted if teacher is not None else None
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """`(total, active)` parameters; a model on the meta device will do.
+
+    Active are all but the experts that a token's router leaves out: both embeddings, attention, routers and K of the
+    E experts of each layer. Tied embeddings are one tensor and count once.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shape = shape_of(model.config)
+    experts = sum(parameter.numel() for _, module, _ in moe_layers(model) for parameter in module.parameters())
+    return total, total - experts * (shape.num_experts - shape.top_k) // shape.num_experts
+
+
+@torch.inference_mode()
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
+) -> list[str]:
+    """Greedy continuations, prompt included, each on one line."""
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )  # fmt: skip
+    lines = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        output: Any = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        lines.append(" ".join(str(tokenizer.decode(output[0], skip_special_tokens=True)).split()))
+    return lines
+
+
+def opening_prompts(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, number: int = 2, words: int = 12
+) -> list[str]:
+    """The first words of the first documents: prompts in the data's own voice."""
+    texts = [document_text(documents[index], tokenizer) for index in range(min(number, len(documents)))]
+    return [" ".join(text.split()[:words]) for text in texts]
+
+
+def evaluate_checkpoint(
+    path: Path,
+    data: HeldOut,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 32,
+    teacher: PreTrainedModel | None = None,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 32,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    progress: bool = True,
+) -> Measurement:
+    """Load a checkpoint from disk with plain transformers and measure it.
+
+    Args:
+        path: Its folder.
+        data: What to measure it on.
+        tokenizer: For the samples.
+        batch_size: Rows at a time.
+        teacher: Report the agreement with this model.
+        prompts: What the samples continue.
+        max_new_tokens: Length of each sample.
+        device: Where to run.
+        dtype: What to compute in, whatever the weights are stored in.
+        progress: Show a progress bar.
+    """
+    model = load_model(path, dtype=dtype, device=device)
+    loss, speed, agreement = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
+    total, active = count_parameters(model)
+    return Measurement(
+        total_parameters=total,
+        active_parameters=active,
+        bytes=weight_bytes(path),
+        loss=loss,
+        bits_per_byte=data.bits_per_byte(loss),
+        tokens_per_second=speed,
+        agreement=agreement,
+        weights_sha256=weights_sha256(path),
+        samples=generate_text(model, tokenizer, prompts, max_new_tokens),
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

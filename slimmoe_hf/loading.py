@@ -1,0 +1,225 @@
+"""Open checkpoints: find them, check their files before trusting them, load them whole, hash them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_INDEX = "model.safetensors.index.json"
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint; a Hub id is downloaded (weights as safetensors only).
+
+    Args:
+        model: A folder or a Hub id.
+        revision: A commit, tag or branch of the Hub id.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{model}: no such folder. A model is the folder of a checkpoint, or a Hub id.")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model}: no such folder here, and the Hub did not give it: {reason}") from error
+
+
+def verify_checkpoint(path: Path, finite: bool = True) -> None:
+    """Check every file of a checkpoint that a load would trust, one tensor at a time.
+
+    Args:
+        path: Its folder.
+        finite: Also read every tensor and refuse NaN and infinity.
+
+    Raises:
+        ValueError: One line that names the file or tensor and what is wrong with it.
+    """
+    load_config(path)
+    for file in weight_files(path):
+        _verify_header(file)
+        if finite:
+            _verify_finite(file)
+    load_tokenizer(path)
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """A checkpoint's config.
+
+    Raises:
+        ValueError: It is missing, not JSON, or not a config that transformers knows.
+    """
+    file = path / "config.json"
+    if not isinstance(_read_json(file), dict):
+        raise ValueError(f"{file}: not a model's config: expected a JSON object.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        ValueError: It has none, or a broken one.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (path / name).exists():
+            _read_json(path / name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path}: no usable tokenizer: copy tokenizer.json and tokenizer_config.json there."
+        ) from error
+
+
+def load_model(path: Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Load a checkpoint with plain transformers, in eval mode, and insist that every weight came from its files.
+
+    Args:
+        path: Its folder.
+        dtype: Of the loaded weights.
+        device: Where they go.
+
+    Raises:
+        ValueError: A weight is missing (transformers would invent it), left over, or of another shape.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: does not load: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, found = loaded
+    for kind, remedy in (
+        ("missing_keys", "is not in the weight files"),
+        ("mismatched_keys", "has another shape there"),
+    ):
+        if found[kind]:
+            name = sorted(map(str, found[kind]))[0]
+            raise ValueError(f"{path}: {name} {remedy} ({len(found[kind])} such). Fetch the checkpoint again.")
+    return model.to(device).eval()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order.
+
+    Raises:
+        ValueError: There are none, or the index names one that is missing or outside the folder.
+    """
+    index = path / _INDEX
+    if not index.exists():
+        if (path / "model.safetensors").is_file():
+            return [path / "model.safetensors"]
+        raise ValueError(f"{path}: no model.safetensors and no {_INDEX}. Pickled weights are not read: convert them.")
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map, so it does not say where the weights are.")
+    files: dict[Path, str] = {}
+    for tensor, name in weight_map.items():
+        if Path(name).name != name:
+            raise ValueError(f"{index}: {tensor} points outside the folder ({name}); refused.")
+        files.setdefault(path / name, tensor)
+    for file, tensor in files.items():
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, but the index says that it holds {tensor}. Fetch it again.")
+    for file in files:
+        promised = {tensor for tensor, name in weight_map.items() if name == file.name}
+        if absent := promised - _header(file).keys():
+            raise ValueError(f"{file}: lacks {min(absent)}, which the index says it holds. Fetch it again.")
+    return sorted(files)
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 of a checkpoint's weight files: `cat *.safetensors | sha256sum` in its folder gives the same."""
+    return files_sha256(weight_files(path))
+
+
+def files_sha256(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of some files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A safetensors header: tensor name to dtype, shape and offsets."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file}: truncated: {size} bytes, not even its header is whole. Fetch it again.")
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"{file}: not a safetensors file (its header is not JSON).") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _verify_header(file: Path) -> None:
+    header = _header(file)
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+    size = file.stat().st_size
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = tensor["data_offsets"]
+        if start + end > size:
+            raise ValueError(
+                f"{file}: truncated at {name}: it ends at byte {start + end}, the file has {size}. Fetch it again."
+            )
+        width = _DTYPE_BYTES.get(tensor["dtype"])
+        if width and math.prod(tensor["shape"]) * width != end - begin:
+            raise ValueError(f"{file}: {name} has {end - begin} bytes, not what its shape {tensor['shape']} needs.")
+
+
+def _verify_finite(file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            tensor = tensors.get_tensor(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(f"{file}: {name} holds {bad} values that are not finite. Fetch or make it again.")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing. A checkpoint needs it.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from None
