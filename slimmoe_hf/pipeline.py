@@ -1,0 +1,247 @@
+"""Run a recipe: score, plan, slim, distil, evaluate, once per stage, each finished step recorded.
+
+Every stage scores its **current** student and distils from the **original** model. A run that was stopped, however
+hard, continues where it was when the same command is given again, and ends with the same weights (on the same number
+of threads).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from rich import get_console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+import slimmoe_hf
+from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.atomic import replacing, write_text
+from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.data import batches, take_rows
+from slimmoe_hf.evaluation import evaluate_checkpoint
+from slimmoe_hf.loading import load_model, weights_sha256
+from slimmoe_hf.plan import CompressionPlan, make_plan
+from slimmoe_hf.preflight import Inputs, check, device, plan_of_work, stage_arguments
+from slimmoe_hf.progress import TrainingProgress
+from slimmoe_hf.recipe import Recipe, Stage, load_recipe
+from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
+from slimmoe_hf.resumption import last_complete_checkpoint
+from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
+from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.surgery import apply_plan
+from slimmoe_hf.trainer import DistillationTrainer
+
+
+def run_recipe(
+    recipe: str | Path | Recipe, output: str | Path | None = None, overwrite: bool = False, dry_run: bool = False
+) -> Report | None:
+    """Run a recipe from its first unfinished step to its report.
+
+    Args:
+        recipe: A YAML file, or a `Recipe`.
+        output: The run's folder; wins over the recipe's `output`.
+        overwrite: Start over in a folder that holds a run.
+        dry_run: Check everything, show the plan of work, write nothing.
+
+    Returns:
+        The report, as in `report.json`; None after a dry run.
+
+    Raises:
+        ValueError: The recipe, its model, teacher, data or output folder will not do. Nothing has been written then.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if output is None and recipe.output is None:
+        raise ValueError("the recipe names no output folder. Add `output:` to it, or give --output.")
+    folder = Path(output or recipe.output or "").expanduser().resolve()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with claim(folder, recipe, overwrite) as run:
+        if run.state == "finished":
+            get_console().log(f"{folder}: this run is finished; nothing to do", markup=False)
+            return Report.load(folder / REPORT)
+        inputs = check(recipe, folder)
+        get_console().print(plan_of_work(recipe, inputs), highlight=False, soft_wrap=True)
+        if dry_run:
+            return None
+        run.begin(recipe, inputs.hashes, torch.get_num_threads())
+        return _Pipeline(recipe, inputs, run).run()
+
+
+def distil(
+    student: Path,
+    teacher: Path,
+    arguments: DistillationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    label: str,
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Train a student in float32 (mixed where the arguments say so), from its last complete checkpoint if it has one.
+
+    Args:
+        student: Folder of its starting weights.
+        teacher: Folder of the original model.
+        arguments: Their `output_dir` holds the checkpoints.
+        tokenizer: Of both.
+        train: Tokenised rows. validation: Likewise; looked at as `eval_strategy` says.
+        label: What progress is shown under.
+
+    Returns:
+        `(model, log history)`.
+    """
+    set_seed(arguments.seed)
+    model = load_model(student)
+    use_cache = model.config.use_cache
+    progress = TrainingProgress(label)
+    trainer = DistillationTrainer(
+        model=model,
+        teacher_model=str(teacher),
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation if arguments.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_complete_checkpoint(str(arguments.output_dir))
+    if checkpoint is not None:
+        get_console().log(f"{label}: continues from {checkpoint.name}")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.stop()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
+    return model, trainer.state.log_history
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
+    """Save what plain transformers loads, tokenizer included; shards of at most 1 GB.
+
+    Args:
+        model: It is converted to `dtype` in place.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        dtype: `float32`, `bfloat16` or `float16`.
+    """
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="1GB")
+    tokenizer.save_pretrained(folder)
+
+
+class _Pipeline:
+    """The steps of one run."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, run: RunFolder) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+        self.step = run.step
+        self.folder = run.path
+        self.seconds = run.seconds
+
+    def run(self) -> Report:
+        """All stages, then what is published."""
+        models = [self._measured("teacher", self.inputs.teacher, 0, "teacher", {})]
+        source = self.inputs.model
+        for number, stage in enumerate(self.recipe.stages, 1):
+            models += self._stage(number, stage, source)
+            source = self.folder / f"stage-{number}" / "model"
+        self.step("publish", ["model"], lambda: self._publish(source))
+        return self._report(models)
+
+    def _stage(self, number: int, stage: Stage, source: Path) -> list[ModelReport]:
+        """Score, plan, slim, distil; the slimmed and the distilled model, measured."""
+        name = f"stage-{number}"
+        folder = self.folder / name
+        origin = {
+            **self.step(f"{name}/score", [f"{name}/stats.safetensors"], lambda: self._score(source, folder, stage)),
+            **self.step(f"{name}/plan", [f"{name}/plan"], lambda: self._plan(folder, stage)),
+        }
+        self.step(f"{name}/slim", [f"{name}/slimmed"], lambda: self._slim(source, folder))
+        slimmed = self._measured(f"{name} slimmed", folder / "slimmed", number, "slimmed", origin)
+        self.step(f"{name}/distil", [f"{name}/model"], lambda: self._distil(number, folder))
+        return [slimmed, self._measured(f"{name} distilled", folder / "model", number, "distilled", {})]
+
+    def _score(self, source: Path, folder: Path, stage: Stage) -> Result:
+        set_seed(self.recipe.seed)
+        calibration = stage.calibration
+        rows = take_rows(self.inputs.calibration, calibration.tokens)
+        asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
+        teacher = load_model(self.inputs.teacher, device=device()) if asked else None
+        stats = collect_stats(
+            load_model(source, device=device()),
+            batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0),
+            loss=calibration.loss,
+            teacher=teacher,
+        )
+        with replacing(folder / "stats.safetensors", overwrite=True) as partial:
+            stats.save(partial)
+        return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
+
+    def _plan(self, folder: Path, stage: Stage) -> Result:
+        stats = ExpertStats.load(folder / "stats.safetensors")
+        plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed)
+        with replacing(folder / "plan", overwrite=True) as partial:
+            plan.save(partial)
+        return {"plan_sha256": plan.sha256}
+
+    def _slim(self, source: Path, folder: Path) -> Result:
+        model = apply_plan(load_model(source), CompressionPlan.load(folder / "plan"))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a slimmed model that is no more
+        self._save(model, folder / "slimmed")
+        return {}
+
+    def _distil(self, number: int, folder: Path) -> Result:
+        arguments = stage_arguments(self.recipe, number - 1, folder / "checkpoints")
+        model, history = distil(
+            folder / "slimmed", self.inputs.teacher, arguments, self.inputs.tokenizer,
+            self.inputs.train, self.inputs.validation, folder.name,
+        )  # fmt: skip
+        self._save(model, folder / "model")
+        return {"history": history}
+
+    def _save(self, model: PreTrainedModel, path: Path) -> None:
+        with replacing(path, overwrite=True) as partial:
+            save_checkpoint(model, self.inputs.tokenizer, partial, self.inputs.dtype)
+
+    def _measured(self, name: str, path: Path, stage: int, step: str, origin: Result) -> ModelReport:
+        evaluation = self.recipe.evaluation
+        found = self.step(
+            f"{name.replace(' ', '/')}/evaluate",
+            [],
+            lambda: evaluate_checkpoint(
+                path, self.inputs.test, self.inputs.tokenizer, batch_size=evaluation.batch_size,
+                prompts=self.inputs.prompts, max_new_tokens=evaluation.max_new_tokens, device=device(),
+                dtype=self._evaluation_dtype(),
+            ).model_dump(),
+        )  # fmt: skip
+        place = {"name": name, "path": str(path), "stage": stage, "step": step}
+        return ModelReport.model_validate({**place, **found, **origin, "teacher_sha256": self.inputs.hashes["teacher"]})
+
+    def _evaluation_dtype(self) -> str:
+        """float32 on a CPU, which is slow in less; elsewhere what the model is published in."""
+        return "float32" if device().type == "cpu" else self.inputs.dtype
+
+    def _publish(self, source: Path) -> Result:
+        with replacing(self.folder / "model", overwrite=True) as partial:
+            shutil.copytree(source, partial)
+        return {}
+
+    def _report(self, models: list[ModelReport]) -> Report:
+        evaluation, test = self.recipe.evaluation, self.inputs.test
+        report = Report(
+            models=models,
+            evaluation=EvaluationReport(
+                data=self.recipe.data.source, revision=self.recipe.data.revision, split=evaluation.split,
+                max_length=test.rows_NT.shape[1], rows=test.rows_NT.shape[0], tokens=test.tokens,
+                documents=test.documents, stream_tokens=test.stream_tokens, stream_bytes=test.stream_bytes,
+                token_limit=evaluation.tokens, dtype=self._evaluation_dtype(), prompts=self.inputs.prompts,
+            ),
+            seconds=self.seconds(),
+            threads=torch.get_num_threads(),
+            version=slimmoe_hf.__version__,
+        )  # fmt: skip
+        write_text(self.folder / "README.md", readme(report, self.recipe.model))
+        write_text(self.folder / REPORT, report.model_dump_json(indent=2) + "\n")
+        return report

