@@ -1,0 +1,72 @@
+"""The walls of the house: who may import whom, which names and flags are public. Growing one is a visible decision."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import slimmoe_hf
+
+PACKAGE = Path(slimmoe_hf.__file__).parent
+LEAVES = {"families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress"}
+SLIMMING = {"calibration", "criteria", "plan", "describe", "surgery"}
+DISTILLING = {"teacher", "arguments", "trainer"}
+JOINTS = {"callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands"}
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of ours that a module imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slimmoe_hf"):
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("slimmoe_hf.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module}: relative import"
+    return found
+
+
+def modules() -> set[str]:
+    return {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+
+
+def test_every_module_has_a_room():
+    assert modules() == LEAVES | SLIMMING | DISTILLING | JOINTS
+
+
+def test_the_two_halves_never_import_each_other():
+    for module in SLIMMING:
+        assert imports_of(module) <= LEAVES | SLIMMING, module
+    for module in DISTILLING:
+        assert imports_of(module) <= LEAVES | DISTILLING, module
+
+
+def test_leaves_import_only_leaves():
+    for module in LEAVES:
+        assert imports_of(module) <= LEAVES, module
+
+
+def test_the_public_names():
+    assert slimmoe_hf.__all__ == [
+        "CRITERIA", "FAMILIES", "CompressionPlan", "DistillationConfig", "DistillationTrainer", "ExpertStats",
+        "SlimmingCallback", "Target", "apply_plan", "collect_stats", "make_plan", "run_recipe",
+    ]  # fmt: skip
+    for name in slimmoe_hf.__all__:
+        assert getattr(slimmoe_hf, name).__doc__ or name.isupper(), f"{name} has no docstring"
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, slimmoe_hf; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_stay_under_400_lines_and_functions_under_60():
+    for path in PACKAGE.glob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") < 400, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (node.end_lineno or 0) - (body[0].lineno if body else node.lineno) + 1
+                assert length < 60, f"{path.name}: {node.name} has {length} lines"
