@@ -295,8 +295,8 @@ def collect_stats(
         layers=[index for index, _, _ in moe_layers(model)],
         loss=loss if isinstance(loss, str) else loss.__name__,
         data_sha256=digests,
-        model_sha256=weights_sha256(model),
-        teacher_sha256=weights_sha256(teacher) if teacher is not None else None,
+        model_sha256=model_sha256(model),
+        teacher_sha256=model_sha256(teacher) if teacher is not None else None,
         **counts,
     )
     return ExpertStats(meta=meta, **tensors, **_weight_norms(model))
@@ -378,7 +378,7 @@ def _weight_norms(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def weights_sha256(model: nn.Module) -> str:
+def model_sha256(model: nn.Module) -> str:
     """SHA-256 of a model's weights, the same in every dtype that holds them exactly: values are hashed as float32."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -22,7 +22,7 @@ from transformers import (
 from trl import SFTConfig
 
 from slimmoe_hf.arguments import DistillationConfig
-from slimmoe_hf.calibration import collect_stats, weights_sha256
+from slimmoe_hf.calibration import collect_stats, model_sha256
 from slimmoe_hf.data import batches, dataset_hash, tokenize
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
@@ -122,7 +122,7 @@ class SlimmingCallback(TrainerCallback):
     def _check_model(self, model: PreTrainedModel, plan: CompressionPlan) -> None:
         """A plan is made of one model's weights; on another it would cut at random."""
         check_fits(model, plan)
-        have = weights_sha256(model)
+        have = model_sha256(model)
         if plan.meta.model_sha256 != have:
             raise ValueError(
                 f"the plan was made for a model with the weights {plan.meta.model_sha256[:12]}; this one has {have[:12]}. "
@@ -142,7 +142,7 @@ class SlimmingCallback(TrainerCallback):
     def _request(self, rows: Dataset) -> dict[str, Any]:
         """What was asked for, as far as it decides the plan; the model is compared by its weights' hash."""
         teacher = self.teacher_model
-        name = weights_sha256(teacher) if isinstance(teacher, PreTrainedModel) else teacher and str(teacher)
+        name = model_sha256(teacher) if isinstance(teacher, PreTrainedModel) else teacher and str(teacher)
         assert self.target is not None
         return {
             "target": self.target.model_dump(),
@@ -163,8 +163,8 @@ class SlimmingCallback(TrainerCallback):
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}" for key, value in request.items() if before.get(key) != value
         ]
-        if shape_of(model.config) == stored.meta.before and weights_sha256(model) != stored.meta.model_sha256:
-            changed.append(f"model weights: {stored.meta.model_sha256[:12]} -> {weights_sha256(model)[:12]}")
+        if shape_of(model.config) == stored.meta.before and model_sha256(model) != stored.meta.model_sha256:
+            changed.append(f"model weights: {stored.meta.model_sha256[:12]} -> {model_sha256(model)[:12]}")
         if changed:
             raise ValueError(
                 f"{folder} holds a plan for another request; changed: {'; '.join(changed)}. "

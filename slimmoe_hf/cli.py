@@ -261,7 +261,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     _add_teacher(parser, "report the agreement with this model")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     _add_data(parser, "test", None, "read documents up to so many tokens")
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_config(parser)

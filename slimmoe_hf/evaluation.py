@@ -111,7 +111,7 @@ def held_out(
 def measure_loss(
     model: PreTrainedModel,
     rows_NT: Tensor,
-    batch_size: int = 32,
+    batch_size: int = 8,
     teacher: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> tuple[float, float, float | None]:
@@ -193,7 +193,7 @@ def evaluate_checkpoint(
     data: HeldOut,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    batch_size: int = 32,
+    batch_size: int = 8,
     teacher: PreTrainedModel | None = None,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 32,

@@ -159,6 +159,15 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     )
 
 
+def set_shape(config: PreTrainedConfig, shape: Shape) -> None:
+    """Write the sizes that a plan can change into a config, in place: the reverse of `shape_of`."""
+    setattr(config, family_of(config).width_key, shape.expert_width)
+    if shape.kv_groups != shape_of(config).kv_groups:
+        config.head_dim = shape.head_width  # no longer hidden_size / heads, so it must be said
+        config.num_key_value_heads = shape.kv_groups
+        config.num_attention_heads = shape.query_heads
+
+
 @dataclass(frozen=True)
 class LayerView:
     """Typed access to one decoder layer.

@@ -216,7 +216,9 @@ class _Pipeline:
                 dtype=self._evaluation_dtype(),
             ).model_dump(),
         )  # fmt: skip
-        place = {"name": name, "path": str(path), "stage": stage, "step": step}
+        inside = path.is_relative_to(self.folder)
+        where = str(path.relative_to(self.folder)) if inside else self.recipe.teacher or self.recipe.model
+        place = {"name": name, "path": where, "stage": stage, "step": step}
         return ModelReport.model_validate({**place, **found, **origin, "teacher_sha256": self.inputs.hashes["teacher"]})
 
     def _evaluation_dtype(self) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
-from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.families import family_of, set_shape
 from slimmoe_hf.loading import (
     find_checkpoint,
     load_config,
@@ -134,12 +134,6 @@ def check_teacher(teacher: Path, config: PreTrainedConfig, tokenizer: PreTrained
     Raises:
         ValueError: It does not.
     """
-    theirs = load_config(teacher)
-    if theirs.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"{teacher}: the teacher has a vocabulary of {theirs.vocab_size}, the model one of {config.vocab_size}. "
-            "Distil from a teacher with the same tokenizer."
-        )
     verify_checkpoint(teacher)
     live = LiveTeacher(load_model(teacher), load_tokenizer(teacher))
     try:
@@ -246,12 +240,8 @@ def _some(documents: Dataset, tokens: int | None, tokenizer: PreTrainedTokenizer
 
 
 def _slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfig:
-    after = validate_target(config, target)
-    slimmed = copy.deepcopy(config)
-    setattr(slimmed, family_of(config).width_key, after.expert_width)
-    if after.kv_groups != shape_of(config).kv_groups:
-        slimmed.head_dim = after.head_width
-        slimmed.num_key_value_heads, slimmed.num_attention_heads = after.kv_groups, after.query_heads
+    after, slimmed = validate_target(config, target), copy.deepcopy(config)
+    set_shape(slimmed, after)
     return slimmed
 
 

@@ -18,7 +18,8 @@ class ModelReport(Measurement):
     """One model of a run: a `Measurement`, and where it comes from.
 
     Attributes:
-        name: For tables. path: Its folder. stage: 0 for the teacher. step: What was done last.
+        name: For tables. stage: 0 for the teacher. step: What was done last.
+        path: Its folder within the run's; the teacher's as the recipe names it.
         teacher_sha256: Hash of the weight files of the original model, which every stage learns from.
         scored_sha256: Of a slimmed model: hash of the weight files of the model that was scored and cut.
         stats_sha256, plan_sha256: Of a slimmed model: what decided.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimmoe_hf.families import Shape, family_of, layer_views, shape_of
+from slimmoe_hf.families import Shape, family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -40,7 +40,7 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
             _drop_groups(view.attention, plan.groups[view.index], plan.meta.before, plan.meta.after)
-    _rewrite_config(model, plan.meta.after, groups_cut=bool(plan.groups))
+    set_shape(model.config, plan.meta.after)
     return model
 
 
@@ -99,12 +99,3 @@ def _drop_groups(attention: Any, kept_G: Tensor, before: Shape, after: Shape) ->
         projection.out_features = len(rows)
     attention.o_proj.weight = _select(attention.o_proj.weight, queries, 1)
     attention.o_proj.in_features = len(queries)
-
-
-def _rewrite_config(model: PreTrainedModel, after: Shape, groups_cut: bool) -> None:
-    config = model.config
-    setattr(config, family_of(config).width_key, after.expert_width)
-    if groups_cut:
-        config.head_dim = after.head_width  # no longer hidden_size / heads, so it must be said
-        config.num_key_value_heads = after.kv_groups
-        config.num_attention_heads = after.query_heads

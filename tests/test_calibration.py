@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import NUM_EXPERTS, tiny_batch, tiny_model
 
-from slimmoe_hf.calibration import collect_stats, weights_sha256
+from slimmoe_hf.calibration import collect_stats, model_sha256
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, shape_of
 from slimmoe_hf.stats import ExpertStats
 
@@ -117,7 +117,7 @@ def test_another_teacher_gives_other_scores_and_is_recorded():
         collect_stats(model, [batch], teacher=teacher, progress=False),
     )
     assert own.meta.teacher_sha256 is None
-    assert other.meta.teacher_sha256 == weights_sha256(teacher)
+    assert other.meta.teacher_sha256 == model_sha256(teacher)
     assert rel(own.taylor_LEF, other.taylor_LEF) > 0.1
     assert own.taylor_LEF.sum() > 0, "the top-8 loss against itself has a gradient"
 
@@ -176,8 +176,8 @@ def test_unknown_loss_and_empty_data_are_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_hash_is_of_the_values_whatever_the_dtype(family):
     model = tiny_model(family).to(torch.bfloat16)
-    assert weights_sha256(model) == weights_sha256(copy.deepcopy(model).float())
+    assert model_sha256(model) == model_sha256(copy.deepcopy(model).float())
     changed = copy.deepcopy(model)
     moe_layers(changed)[0][1].down_proj.data[0, 0, 0] += 1
-    assert weights_sha256(model) != weights_sha256(changed)
+    assert model_sha256(model) != model_sha256(changed)
     assert shape_of(model.config) == shape_of(changed.config)

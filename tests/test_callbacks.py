@@ -25,7 +25,7 @@ from slimmoe_hf import (
     collect_stats,
     make_plan,
 )
-from slimmoe_hf.calibration import weights_sha256
+from slimmoe_hf.calibration import model_sha256
 from slimmoe_hf.data import batches, tokenize
 from slimmoe_hf.families import moe_layers, shape_of
 
@@ -81,7 +81,7 @@ def test_every_trainer_cuts_the_same_and_trains_what_was_cut(build, tmp_path):
 
     trainer = build(tmp_path)
     assert CompressionPlan.load(tmp_path / "plan").sha256 == plan.sha256
-    assert weights_sha256(trainer.model) == weights_sha256(expected)
+    assert model_sha256(trainer.model) == model_sha256(expected)
     trainer.train()
     for (_, before, router), (_, after, trained) in zip(moe_layers(expected), moe_layers(trainer.model), strict=True):
         assert not torch.equal(before.gate_up_proj, after.gate_up_proj)
@@ -124,8 +124,8 @@ def test_a_stale_plan_for_another_model_is_an_error(tmp_path):
 
 def test_a_model_already_cut_is_left_alone(tmp_path):
     trainer = plain_trainer(tmp_path)
-    cut = weights_sha256(trainer.model)
-    assert weights_sha256(plain_trainer(tmp_path, model=trainer.model).model) == cut
+    cut = model_sha256(trainer.model)
+    assert model_sha256(plain_trainer(tmp_path, model=trainer.model).model) == cut
 
 
 def test_a_plan_made_elsewhere_is_applied_and_one_of_another_model_refused(tmp_path):
@@ -208,7 +208,7 @@ def test_a_plain_trainer_resumes_with_every_expert(tmp_path):
     shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
     resumed = plain_trainer(tmp_path / "cut", max_steps=4, **saving)
     resumed.train(resume_from_checkpoint=True)
-    assert weights_sha256(resumed.model) == weights_sha256(whole.model)
+    assert model_sha256(resumed.model) == model_sha256(whole.model)
 
 
 def test_a_torn_checkpoint_is_never_resumed_from(tmp_path):
@@ -256,20 +256,20 @@ def test_killed_and_started_again_a_callback_run_ends_the_same(tmp_path):
     _run(tmp_path / "killed", kill_at=tmp_path / "killed" / "checkpoint-10" / "trainer_state.json")
     _run(tmp_path / "killed")
     whole, killed = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "killed"))
-    assert weights_sha256(whole) == weights_sha256(killed)
+    assert model_sha256(whole) == model_sha256(killed)
 
 
 TWO = """
 import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_callbacks import plain_trainer
-from slimmoe_hf.calibration import weights_sha256
+from slimmoe_hf.calibration import model_sha256
 from pathlib import Path
 folder = Path(sys.argv[1])
 trainer = plain_trainer(folder)
 rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2
-Path(f"{{folder}}-rank{{rank}}").write_text(weights_sha256(trainer.model))
+Path(f"{{folder}}-rank{{rank}}").write_text(model_sha256(trainer.model))
 trainer.train()
 torch.distributed.destroy_process_group()
 """
@@ -285,7 +285,7 @@ def test_two_processes_apply_identical_plans(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = plain_trainer(tmp_path / "alone")
     hashes = {(tmp_path / f"run-rank{rank}").read_text() for rank in (0, 1)}
-    assert hashes == {weights_sha256(alone.model)}
+    assert hashes == {model_sha256(alone.model)}
 
 
 def test_raw_text_without_a_tokenizer_is_refused(tmp_path):
@@ -303,4 +303,4 @@ def test_a_teacher_on_disk_scores_like_the_same_teacher_in_memory(tmp_path):
     plain_trainer(tmp_path / "own")
     a, b, own = (CompressionPlan.load(tmp_path / name / "plan") for name in ("a", "b", "own"))
     assert a.sha256 == b.sha256 != own.sha256
-    assert a.meta.teacher_sha256 == b.meta.teacher_sha256 == weights_sha256(tiny_model("phimoe", seed=1))
+    assert a.meta.teacher_sha256 == b.meta.teacher_sha256 == model_sha256(tiny_model("phimoe", seed=1))

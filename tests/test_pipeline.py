@@ -62,10 +62,10 @@ def test_the_report_lists_every_model_with_sizes_counted_on_the_models(home: Pat
         (0, "teacher"), (1, "slimmed"), (1, "distilled"), (2, "slimmed"), (2, "distilled"),
     ]  # fmt: skip
     for model in report.models:
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(home / "run" / model.path, dtype=torch.float32)
         assert (model.total_parameters, model.active_parameters) == count_parameters(loaded)
-        assert model.bytes == (Path(model.path) / "model.safetensors").stat().st_size
-        assert model.weights_sha256 == weights_sha256(Path(model.path))
+        assert model.bytes == (home / "run" / model.path / "model.safetensors").stat().st_size
+        assert model.weights_sha256 == weights_sha256(home / "run" / model.path)
         assert model.tokens_per_second > 0 and len(model.samples) == 2
     final = AutoModelForCausalLM.from_pretrained(home / "run" / "model").config
     assert (final.intermediate_size, final.num_key_value_heads, final.num_attention_heads) == (8, 1, 2)
@@ -73,8 +73,9 @@ def test_the_report_lists_every_model_with_sizes_counted_on_the_models(home: Pat
 
 def test_losses_in_the_report_can_be_recomputed_from_what_it_says(home: Path, report: Report):
     told = json.loads((home / "run" / "report.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(told["models"][-1]["path"], dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(told["models"][-1]["path"])
+    folder = home / "run" / told["models"][-1]["path"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     stream: list[int] = []
     for text in load_splits(told["evaluation"]["data"])[told["evaluation"]["split"]]["text"]:
         stream += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
@@ -94,9 +95,9 @@ def test_every_stage_scored_its_own_student_and_learned_from_the_original(home: 
     assert first_cut.scored_sha256 == original and second_cut.scored_sha256 == first.weights_sha256
 
     def values(folder: str | Path) -> str:  # a hash that the statistics take of the model itself, not of its files
-        return calibration.weights_sha256(load_model(Path(folder)))
+        return calibration.model_sha256(load_model(Path(folder)))
 
-    for cut, scored in ((first_cut, home / "teacher"), (second_cut, first.path)):
+    for cut, scored in ((first_cut, home / "teacher"), (second_cut, home / "run" / first.path)):
         stats = ExpertStats.load(home / "run" / f"stage-{cut.stage}" / "stats.safetensors")
         plan = CompressionPlan.load(home / "run" / f"stage-{cut.stage}" / "plan")
         assert stats.meta.model_sha256 == plan.meta.model_sha256 == values(scored)
@@ -122,7 +123,7 @@ def test_calibration_training_validation_and_test_text_never_overlap(home: Path)
 
 
 def test_training_moved_every_expert_and_the_cut_is_the_plan(home: Path, report: Report):
-    slimmed, distilled = (load_model(Path(model.path)).state_dict() for model in report.models[1:3])
+    slimmed, distilled = (load_model(home / "run" / model.path).state_dict() for model in report.models[1:3])
     assert all(not torch.equal(slimmed[name], distilled[name]) for name in slimmed if "experts" in name)
     assert distilled["model.layers.0.mlp.experts.down_proj"].shape[-1] == 16
 
@@ -293,7 +294,7 @@ def test_the_callback_and_the_pipeline_cut_alike(home: Path, report: Report, tmp
         callbacks=[SlimmingCallback(Target(expert_width=16), calibration_dataset=rows, loss="lm", max_length=64)],
     )
     assert CompressionPlan.load(tmp_path / "plan").sha256 == report.models[1].plan_sha256
-    slimmed = load_model(Path(report.models[1].path)).state_dict()
+    slimmed = load_model(home / "run" / report.models[1].path).state_dict()
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, slimmed[name]), name
 

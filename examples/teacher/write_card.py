@@ -67,7 +67,7 @@ def expert_load(model: torch.nn.Module, data: HeldOut) -> torch.Tensor:
 
     for layer, (_, _, router) in enumerate(layers):
         router.register_forward_hook(lambda _module, _args, output, layer=layer: count(layer, output))
-    measure_loss(model, data.rows_NT, batch_size=8)
+    measure_loss(model, data.rows_NT)
     return counts / counts.sum(1, keepdim=True)
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     rows, losses = [], {}
     for split in ("validation", "test"):
         data = held_out(load_documents("sotu", split), tokenizer, args.max_length)
-        loss = measure_loss(model, data.rows_NT, batch_size=8)[0]
+        loss = measure_loss(model, data.rows_NT)[0]
         losses[split] = {"loss": loss, "bits_per_byte": data.bits_per_byte(loss), "tokens": data.tokens}
         rows.append(f"| {split} | {data.documents} | {data.tokens:,} | {loss:.4f} | {data.bits_per_byte(loss):.4f} |")
     load = expert_load(model, data)
