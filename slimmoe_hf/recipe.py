@@ -133,7 +133,7 @@ class Evaluation(_Strict):
     split: Literal["test", "validation"] = "test"
     max_length: Annotated[int, Field(ge=2)] | None = None
     tokens: Count | None = None
-    batch_size: Count = 16
+    batch_size: Count = 8
     prompts: list[str] | None = None
     max_new_tokens: Count = 32
 

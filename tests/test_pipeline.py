@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from filelock import FileLock
 from recipes import tiny_recipe, write_recipe
 from runs import in_child
 from tiny import tiny_tokenizer, write_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from slimmoe_hf import calibration, pipeline
 from slimmoe_hf.callbacks import SlimmingCallback
@@ -71,21 +73,34 @@ def test_the_report_lists_every_model_with_sizes_counted_on_the_models(home: Pat
     assert (final.intermediate_size, final.num_key_value_heads, final.num_attention_heads) == (8, 1, 2)
 
 
-def test_losses_in_the_report_can_be_recomputed_from_what_it_says(home: Path, report: Report):
+WITHOUT_US = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, length, texts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+with torch.no_grad():
+    logits = model(input_ids=rows).logits[:, :-1]
+loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+assert not any(name.startswith("slimmoe") for name in sys.modules)
+print(json.dumps([loss.item(), rows[:, 1:].numel()]))
+"""
+
+
+def test_the_published_model_loads_and_its_loss_is_recomputed_without_us(home: Path, report: Report):
+    """In a process that never imports slimmoe_hf, from what report.json says alone."""
     told = json.loads((home / "run" / "report.json").read_text())
-    folder = home / "run" / told["models"][-1]["path"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stream: list[int] = []
-    for text in load_splits(told["evaluation"]["data"])[told["evaluation"]["split"]]["text"]:
-        stream += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-    length = told["evaluation"]["max_length"]
-    rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
-    with torch.no_grad():
-        logits = model(input_ids=rows).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    assert rows[:, 1:].numel() == told["evaluation"]["tokens"]
-    assert told["models"][-1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    evaluation = told["evaluation"]
+    texts = load_splits(evaluation["data"])[evaluation["split"]]["text"][:]
+    command = [sys.executable, "-c", WITHOUT_US, str(home / "run" / "model"), str(evaluation["max_length"])]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "missing" not in done.stderr.lower(), done.stderr
+    loss, tokens = json.loads(done.stdout)
+    assert tokens == evaluation["tokens"]
+    assert told["models"][-1]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_every_stage_scored_its_own_student_and_learned_from_the_original(home: Path, report: Report):
