@@ -29,11 +29,11 @@ def replacing(path: Path, overwrite: bool = False) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         if path.is_dir():
             shutil.rmtree(path)
         partial.replace(path)
-        _flush_entry(path.parent)
+        flush_entry(path.parent)
     finally:
         _remove(partial)
 
@@ -50,16 +50,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a folder with all its files, reach the disk."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     if path.is_dir():
-        _flush_entry(path)
+        flush_entry(path)
 
 
-def _flush_entry(folder: Path) -> None:
+def flush_entry(folder: Path) -> None:
     """Make a rename in `folder` last; not every system can open a folder, and those that cannot need not."""
     if os.name != "posix":
         return

@@ -98,8 +98,7 @@ def score(args: argparse.Namespace) -> None:
         loss=args.loss,
         teacher=teacher,
     )
-    with replacing(output, args.overwrite) as partial:
-        stats.save(partial)
+    stats.save(output)
     rich.print(
         f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
     )
@@ -117,8 +116,7 @@ def plan(args: argparse.Namespace) -> None:
     stats = ExpertStats.load(args.inputs[0])
     target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
     made = make_plan(stats, target, args.criterion, args.seed)
-    with replacing(output, args.overwrite) as partial:
-        made.save(partial)
+    made.save(output)
     Console().print(describe_plan(made), highlight=False, soft_wrap=True)
 
 

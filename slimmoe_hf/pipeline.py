@@ -175,15 +175,13 @@ class _Pipeline:
             loss=calibration.loss,
             teacher=teacher,
         )
-        with replacing(folder / "stats.safetensors", overwrite=True) as partial:
-            stats.save(partial)
+        stats.save(folder / "stats.safetensors")
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 
     def _plan(self, folder: Path, stage: Stage) -> Result:
         stats = ExpertStats.load(folder / "stats.safetensors")
         plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed)
-        with replacing(folder / "plan", overwrite=True) as partial:
-            plan.save(partial)
+        plan.save(folder / "plan")
         return {"plan_sha256": plan.sha256}
 
     def _slim(self, source: Path, folder: Path) -> Result:

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from slimmoe_hf.atomic import replacing
 from slimmoe_hf.criteria import CRITERIA, Scores, magnitude
 from slimmoe_hf.families import Shape, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
@@ -174,17 +174,12 @@ class CompressionPlan:
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.json` and `plan.safetensors` into `folder`, beside their place first, then renamed."""
-        folder = Path(folder)
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         tensors = {f"neurons.{layer}": index.to(torch.int32) for layer, index in self.neurons.items()}
         tensors |= {f"groups.{layer}": index.to(torch.int32) for layer, index in self.groups.items()}
-        save_file(tensors, beside / "plan.safetensors")
-        (beside / "plan.json").write_text(self.meta.model_dump_json(indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.replace(folder)
+        with replacing(Path(folder), overwrite=True) as beside:
+            beside.mkdir()
+            save_file(tensors, beside / "plan.safetensors")
+            (beside / "plan.json").write_text(self.meta.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> CompressionPlan:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from slimmoe_hf.atomic import PARTIAL, flush, write_text
 
 MARK = "complete.json"
 """The file that vouches for a checkpoint: names and sizes of all others, written last."""
@@ -101,13 +102,8 @@ def mark_complete(folder: str | Path) -> None:
     """
     folder = Path(folder)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-    for path in _files(folder):
-        _flush(path)
-    part = folder / f"{MARK}.part"
-    part.write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
-    _flush(part)
-    part.replace(folder / MARK)
-    _flush(folder)
+    flush(folder)
+    write_text(folder / MARK, json.dumps({"files": files}, indent=1, sort_keys=True))
 
 
 def unmark(folder: str | Path) -> None:
@@ -140,18 +136,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARK, f"{MARK}.part"))
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder reach the disk; only POSIX can flush what was opened for reading."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARK, PARTIAL + MARK))
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimmoe_hf.atomic import replacing
+
 VERSION = 1
 _HEADER = "slimmoe_stats"
 
@@ -106,12 +108,9 @@ class ExpertStats:
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file: beside its place first, then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.tmp")
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        save_file(tensors, beside, metadata={_HEADER: self.meta.model_dump_json()})
-        beside.replace(path)
+        with replacing(Path(path), overwrite=True) as beside:
+            save_file(tensors, beside, metadata={_HEADER: self.meta.model_dump_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertStats:
