@@ -7,6 +7,7 @@ of threads).
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import Inputs, check, device, plan_of_work, stage_arguments
 from slimmoe_hf.progress import TrainingProgress
 from slimmoe_hf.recipe import Recipe, Stage, load_recipe
-from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
+from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme, shown
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
@@ -214,8 +215,9 @@ class _Pipeline:
                 dtype=self._evaluation_dtype(),
             ).model_dump(),
         )  # fmt: skip
-        inside = path.is_relative_to(self.folder)
-        where = str(path.relative_to(self.folder)) if inside else self.recipe.teacher or self.recipe.model
+        named = self.recipe.teacher or self.recipe.model
+        on_hub = step == "teacher" and not Path(named).exists()
+        where = named if on_hub else os.path.relpath(path, self.folder)
         place = {"name": name, "path": where, "stage": stage, "step": step}
         return ModelReport.model_validate({**place, **found, **origin, "teacher_sha256": self.inputs.hashes["teacher"]})
 
@@ -242,6 +244,6 @@ class _Pipeline:
             threads=torch.get_num_threads(),
             version=slimmoe_hf.__version__,
         )  # fmt: skip
-        write_text(self.folder / "README.md", readme(report, self.recipe.model))
+        write_text(self.folder / "README.md", readme(report, shown(self.recipe.model)))
         write_text(self.folder / REPORT, report.model_dump_json(indent=2) + "\n")
         return report

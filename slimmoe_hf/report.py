@@ -19,7 +19,7 @@ class ModelReport(Measurement):
 
     Attributes:
         name: For tables. stage: 0 for the teacher. step: What was done last.
-        path: Its folder within the run's; the teacher's as the recipe names it.
+        path: Its folder, relative to the run's; a teacher's Hub id.
         teacher_sha256: Hash of the weight files of the original model, which every stage learns from.
         scored_sha256: Of a slimmed model: hash of the weight files of the model that was scored and cut.
         stats_sha256, plan_sha256: Of a slimmed model: what decided.
@@ -132,18 +132,23 @@ def samples(report: Report) -> list[str]:
     return lines
 
 
+def shown(model: str) -> str:
+    """A model as others may see it: a Hub id as it is, of a local folder the last two names."""
+    return "/".join(Path(model).parts[-2:])
+
+
 def readme(report: Report, model: str) -> str:
     """The README of a run's folder: what it holds, the table, how to load the result.
 
     Args:
         report: The run.
-        model: What was slimmed, as the recipe names it.
+        model: What was slimmed, as `shown` names it.
     """
     headings, *rows = _rows(report)
     rule = ("---", *["---:"] * (len(headings) - 1))
     lines = "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))
     evaluation = report.evaluation
-    return f"""# {Path(model).name or model}, slimmed
+    return f"""# {model}, slimmed
 
 Made from `{model}` by `slimmoe run recipe.yaml` (slimmoe_hf {report.version}): experts narrowed stage by stage, each stage
 distilled from the original model. The licence of `{model}` applies.
