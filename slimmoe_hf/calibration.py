@@ -291,7 +291,7 @@ def collect_stats(
         raise ValueError("the calibration data has no tokens. Give at least one sequence.")
     meta = StatsMeta(
         family=model.config.model_type,
-        config=json.loads(model.config.to_json_string(use_diff=False)),
+        config=_config(model),
         layers=[index for index, _, _ in moe_layers(model)],
         loss=loss if isinstance(loss, str) else loss.__name__,
         data_sha256=digests,
@@ -325,6 +325,13 @@ def _backward(
             "in this dtype. Load it in float32, and check the checkpoint."
         )
     value.backward()  # type: ignore[no-untyped-call]
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    """The config as JSON has it, without the path it was loaded from: what statistics say must not depend on a place."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    return config
 
 
 def _stack(expert_sums: list[_ExpertSums], head_sums: list[_HeadSums]) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import NUM_EXPERTS, tiny_batch, tiny_model
+from tiny import NUM_EXPERTS, save_tiny, tiny_batch, tiny_model
+from transformers import AutoModelForCausalLM
 
 from slimmoe_hf.calibration import collect_stats, model_sha256
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, shape_of
@@ -156,6 +157,17 @@ def test_saved_and_loaded_statistics_are_the_same(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "stats.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged or cut short"):
         ExpertStats.load(tmp_path / "cut")
+
+
+def test_statistics_do_not_say_where_the_model_was_loaded_from(tmp_path):
+    hashes = set()
+    for name in ("here", "there"):
+        save_tiny(tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        stats = collect_stats(model, [tiny_batch()], progress=False)
+        assert str(tmp_path) not in stats.meta.model_dump_json()
+        hashes.add(stats.sha256)
+    assert len(hashes) == 1
 
 
 def test_non_finite_weights_stop_the_sweep_with_the_batch_named():
