@@ -281,10 +281,7 @@ def collect_stats(
             _backward(model, teacher, token_loss, batch, number)
             counts["tokens"] += int(sweep.valid_N.sum())
             counts["sequences"] += sweep.sequences
-            for row, mask in zip(
-                batch["input_ids"].cpu(), sweep.valid_N.view_as(batch["input_ids"]).cpu(), strict=True
-            ):
-                digest.update(row[mask].long().numpy().tobytes() + b"|")
+            _hash_rows(digest, batch["input_ids"], sweep.valid_N)
     tensors = _stack(expert_sums, head_sums)
     digests = _reduce(tensors, counts, digest.hexdigest())
     if counts["tokens"] == 0:
@@ -325,6 +322,12 @@ def _backward(
             "in this dtype. Load it in float32, and check the checkpoint."
         )
     value.backward()  # type: ignore[no-untyped-call]
+
+
+def _hash_rows(digest: Any, ids: Tensor, valid_N: Tensor) -> None:
+    """Add the tokens of each row, padding left out: the hash does not depend on the batch size."""
+    for row, valid in zip(ids.cpu(), valid_N.view_as(ids).cpu(), strict=True):
+        digest.update(row[valid].long().numpy().tobytes() + b"|")
 
 
 def _config(model: PreTrainedModel) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class SlimmingCallback(TrainerCallback):
     after checking that the request has not changed. Checkpoints are marked when complete, and a resumed plain `Trainer`
     gets every weight back, fused experts and routers included, which it would not on its own.
 
+    The model is scored in the dtype it is in. float32 is the exact choice; on the small teacher of the examples, scored
+    on 16,384 tokens, bfloat16 chose 98% of the same neurons at a quarter of the width, and the same groups.
+
     Args:
         target: What to cut to. Leave out when `plan` is given.
         criterion: A name in `CRITERIA`.
