@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from runs import in_two_processes
 from tiny import documents, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -259,33 +260,22 @@ def test_killed_and_started_again_a_callback_run_ends_the_same(tmp_path):
     assert model_sha256(whole) == model_sha256(killed)
 
 
-TWO = """
-import sys; sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-from test_callbacks import plain_trainer
-from slimmoe_hf.calibration import model_sha256
-from pathlib import Path
-folder = Path(sys.argv[1])
-trainer = plain_trainer(folder)
-rank = torch.distributed.get_rank()
-assert torch.distributed.get_world_size() == 2
-Path(f"{{folder}}-rank{{rank}}").write_text(model_sha256(trainer.model))
-trainer.train()
-torch.distributed.destroy_process_group()
-"""
+def _cut_and_train(folder: Path) -> None:
+    trainer = plain_trainer(folder)
+    rank = torch.distributed.get_rank()
+    assert torch.distributed.get_world_size() == 2
+    folder.with_name(f"{folder.name}-rank{rank}").write_text(model_sha256(trainer.model))
+    trainer.train()
+    folder.with_name(f"{folder.name}-trained{rank}").write_text(model_sha256(trainer.model))
 
 
-@pytest.mark.slow
 def test_two_processes_apply_identical_plans(tmp_path):
-    """Each sweeps its share of the batches; both apply the plan that one process alone would make."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(tests=str(Path(__file__).parent)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path / "run")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Each sweeps its share of the batches; both apply the plan that one process alone would make, and stay equal."""
+    assert in_two_processes(_cut_and_train, tmp_path / "run") == [0, 0]
     alone = plain_trainer(tmp_path / "alone")
-    hashes = {(tmp_path / f"run-rank{rank}").read_text() for rank in (0, 1)}
-    assert hashes == {model_sha256(alone.model)}
+    cut, trained = ({(tmp_path / f"run-{what}{rank}").read_text() for rank in (0, 1)} for what in ("rank", "trained"))
+    assert cut == {model_sha256(alone.model)}
+    assert len(trained) == 1 and trained != cut
 
 
 def test_raw_text_without_a_tokenizer_is_refused(tmp_path):
