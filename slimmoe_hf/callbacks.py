@@ -40,8 +40,7 @@ class SlimmingCallback(TrainerCallback):
     after checking that the request has not changed. Checkpoints are marked when complete, and a resumed plain `Trainer`
     gets every weight back, fused experts and routers included, which it would not on its own.
 
-    The model is scored in the dtype it is in. float32 is the exact choice; on the small teacher of the examples, scored
-    on 16,384 tokens, bfloat16 chose 98% of the same neurons at a quarter of the width, and the same groups.
+    The model is scored in the dtype it is in; float32 is the exact choice.
 
     Args:
         target: What to cut to. Leave out when `plan` is given.
@@ -109,7 +108,8 @@ class SlimmingCallback(TrainerCallback):
         if shape_of(model.config) == self.plan.meta.after and self.plan.meta.before != self.plan.meta.after:
             logger.info("The model already has the plan's sizes: left alone.")
         else:
-            self._check_model(model, self.plan)
+            if self.given is not None:
+                self._check_model(model, self.given)
             apply_plan(model, self.plan)
         if rank_zero and not found:
             self.plan.save(folder)
@@ -166,8 +166,8 @@ class SlimmingCallback(TrainerCallback):
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}" for key, value in request.items() if before.get(key) != value
         ]
-        if shape_of(model.config) == stored.meta.before and model_sha256(model) != stored.meta.model_sha256:
-            changed.append(f"model weights: {stored.meta.model_sha256[:12]} -> {model_sha256(model)[:12]}")
+        if shape_of(model.config) == stored.meta.before and (have := model_sha256(model)) != stored.meta.model_sha256:
+            changed.append(f"model weights: {stored.meta.model_sha256[:12]} -> {have[:12]}")
         if changed:
             raise ValueError(
                 f"{folder} holds a plan for another request; changed: {'; '.join(changed)}. "

@@ -221,11 +221,11 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{path}: {line}{error.problem or 'not valid YAML'}") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise ValueError(f"{path}: {line}{problem}") from None
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())[:100]}).") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start}).") from None
 
