@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slimmoe_hf.families import family_of, layer_views, moe_layers, shape_of
+from slimmoe_hf.identity import model_fingerprint, model_sha256
 from slimmoe_hf.losses import cross_entropy, forward_kl
 from slimmoe_hf.stats import ExpertStats, StatsMeta
+from slimmoe_hf.taps import Batch, ExpertSums, HeadSums, Sweep, tapped
 
-Batch = Mapping[str, Tensor]
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(logits_NV, teacher_logits_NV, labels_N) -> loss_N`, one value per predicted token."""
 
@@ -48,143 +47,6 @@ def kd_topk_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor)
 
 
 CALIBRATION_LOSSES: dict[str, TokenLoss] = {"lm": lm_loss, "kd_topk": kd_topk_loss}
-_IMPLEMENTATION = "slimmoe_scoring"
-
-
-class _Sweep:
-    """What the taps need to know of the batch in hand."""
-
-    sequence_N: Tensor
-    valid_N: Tensor
-    sequences: int
-
-    def start(self, batch: Batch) -> None:
-        ids = batch["input_ids"]
-        rows, length = ids.shape
-        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
-        starts = torch.zeros_like(ids)
-        starts[:, 0] = 1
-        if "position_ids" in batch:  # a packed row counts its documents apart
-            starts = torch.maximum(starts, (batch["position_ids"].expand(rows, length) == 0).to(ids.dtype))
-        self.sequence_N = starts.flatten().cumsum(0) - 1
-        self.valid_N = mask.flatten().bool()
-        self.sequences = int(self.sequence_N[-1]) + 1
-
-
-def _accumulator(device: torch.device, *shape: int) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sum consecutive runs of rows: `[S, F]`, run lengths `[B]` -> `[B, F]`; deterministic on every device."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
-
-
-class _ExpertSums:
-    """Running sums of one layer's experts."""
-
-    def __init__(self, experts: nn.Module, width: int, number: int, device: torch.device, sweep: _Sweep) -> None:
-        self.sweep = sweep
-        self.number = number
-        self.tokens = _accumulator(device, number)
-        self.neuron = {name: _accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
-
-    def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
-        """Add one backward pass; pairs are sorted by expert, then by token."""
-        sweep = self.sweep
-        kept_S = sweep.valid_N[token_S]
-        if not bool(kept_S.all()):
-            act_SF, grad_SF, gate_S = act_SF[kept_S], grad_SF[kept_S], gate_S[kept_S]
-            token_S, expert_S = token_S[kept_S], expert_S[kept_S]
-        act, grad, gate = act_SF.float(), grad_SF.float(), gate_S.float().unsqueeze(-1)
-        routed_E = torch.bincount(expert_S, minlength=self.number)
-        bucket_S = expert_S * sweep.sequences + sweep.sequence_N[token_S]
-        lengths = torch.bincount(bucket_S, minlength=self.number * sweep.sequences)
-        per_sequence = _sum_rows(act * grad, lengths).view(self.number, sweep.sequences, -1)
-        sums = {
-            "taylor_LEF": per_sequence.abs().sum(1, dtype=torch.float64),
-            "fisher_LEF": per_sequence.square().sum(1, dtype=torch.float64),
-            "act_sq_LEF": _sum_rows(act.square(), routed_E),
-            "gated_act_sq_LEF": _sum_rows((act * gate).square(), routed_E),
-            "grad_sq_LEF": _sum_rows(grad.square(), routed_E),
-        }
-        for name, value in sums.items():
-            self.neuron[name] += value
-        self.tokens += routed_E
-
-
-class _HeadSums:
-    """Running sums of one layer's query heads, seen at the input of `o_proj`."""
-
-    def __init__(self, heads: int, device: torch.device, sweep: _Sweep) -> None:
-        self.sweep = sweep
-        self.heads = heads
-        self.head = {name: _accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
-
-    def record(self, value: Tensor, grad: Tensor) -> None:
-        """Add one backward pass; both tensors are `[rows, T, H * C]`."""
-        shape = (-1, self.heads, value.shape[-1] // self.heads)
-        valid = self.sweep.valid_N[:, None, None]
-        value, grad = value.reshape(shape).float() * valid, grad.reshape(shape).float() * valid
-        lengths = torch.bincount(self.sweep.sequence_N, minlength=self.sweep.sequences)
-        per_sequence = _sum_rows((value * grad).sum(-1), lengths)
-        self.head["head_taylor_AH"] += per_sequence.abs().sum(0)
-        self.head["head_fisher_AH"] += per_sequence.square().sum(0)
-        self.head["head_act_sq_AH"] += value.square().sum((0, 2))
-        self.head["head_grad_sq_AH"] += grad.square().sum((0, 2))
-
-
-class _ExpertTap(torch.autograd.Function):
-    """The identity; on the way back it hands activation and gradient to the sums of its layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, act_SF: Tensor, sums: _ExpertSums, token_S: Tensor, expert_S: Tensor, gate_S: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(act_SF, token_S, expert_S, gate_S.detach())
-        ctx.sums = sums
-        return act_SF.view_as(act_SF)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        act_SF, token_S, expert_S, gate_S = ctx.saved_tensors
-        ctx.sums.record(act_SF, grad_SF, token_S, expert_S, gate_S)
-        return grad_SF, None, None, None, None
-
-
-class _HeadTap(torch.autograd.Function):
-    """The identity; on the way back it hands the heads' outputs and gradients to the sums of their layer."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, sums: _HeadSums) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.sums = sums
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.sums.record(ctx.saved_tensors[0], grad)
-        return grad, None
-
-
-_SUMS: WeakKeyDictionary[nn.Module, _ExpertSums] = WeakKeyDictionary()
-
-
-def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
-    """The experts' forward with a tap on the activations, in the form transformers' experts interface asks for."""
-    tokens, k = index_NK.shape
-    expert_S, order_S = torch.sort(index_NK.flatten(), stable=True)
-    token_S, gate_S = order_S // k, gate_NK.flatten()[order_S]
-    ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    inputs = F.grouped_mm(hidden_ND[token_S], experts.gate_up_proj.transpose(-2, -1), offs=ends_E)
-    act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
-    out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E) * gate_S.unsqueeze(-1)
-    unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
-
-
-ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
 
 
 @contextmanager
@@ -201,30 +63,6 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
-
-
-@contextmanager
-def _tapped(model: PreTrainedModel, sweep: _Sweep) -> Iterator[tuple[list[_ExpertSums], list[_HeadSums]]]:
-    """Route the experts through `_scoring_experts` and put a tap before every `o_proj`."""
-    shape, device = shape_of(model.config), model.device
-    expert_sums = []
-    for _, experts, _router in moe_layers(model):
-        _SUMS[experts] = _ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
-        expert_sums.append(_SUMS[experts])
-    before = model.config._experts_implementation
-    with ExitStack() as stack:
-        head_sums = []
-        for view in layer_views(model):
-            sums = _HeadSums(shape.query_heads, device, sweep)
-            hook = view.attention.o_proj.register_forward_pre_hook(  # type: ignore[union-attr, operator]
-                lambda _module, args, sums=sums: (_HeadTap.apply(args[0], sums), *args[1:])
-            )
-            stack.callback(hook.remove)
-            head_sums.append(sums)
-        stack.callback(lambda: [_SUMS.pop(experts) for _, experts, _router in moe_layers(model)])
-        model.set_experts_implementation(_IMPLEMENTATION)
-        stack.callback(model.set_experts_implementation, before)
-        yield expert_sums, head_sums
 
 
 def next_tokens(batch: Batch) -> Tensor:
@@ -272,9 +110,9 @@ def collect_stats(
         )
     token_loss = CALIBRATION_LOSSES[loss] if isinstance(loss, str) else loss
     family_of(model.config)
-    sweep, digest, counts = _Sweep(), hashlib.sha256(), {"tokens": 0, "sequences": 0}
+    sweep, digest, counts = Sweep(), hashlib.sha256(), {"tokens": 0, "sequences": 0}
     total = len(dataloader) if isinstance(dataloader, Sized) else None
-    with _frozen(model), _tapped(model, sweep) as (expert_sums, head_sums):
+    with _frozen(model), tapped(model, sweep) as (expert_sums, head_sums):
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
@@ -293,6 +131,7 @@ def collect_stats(
         loss=loss if isinstance(loss, str) else loss.__name__,
         data_sha256=digests,
         model_sha256=model_sha256(model),
+        fingerprint=model_fingerprint(model),
         teacher_sha256=model_sha256(teacher) if teacher is not None else None,
         **counts,
     )
@@ -337,7 +176,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     return config
 
 
-def _stack(expert_sums: list[_ExpertSums], head_sums: list[_HeadSums]) -> dict[str, Tensor]:
+def _stack(expert_sums: list[ExpertSums], head_sums: list[HeadSums]) -> dict[str, Tensor]:
     tensors = {name: torch.stack([s.neuron[name] for s in expert_sums]) for name in ExpertStats.NEURON_SUMS}
     tensors |= {name: torch.stack([s.head[name] for s in head_sums]) for name in ExpertStats.HEAD_SUMS}
     tensors["tokens_LE"] = torch.stack([s.tokens for s in expert_sums])
@@ -385,14 +224,3 @@ def _weight_norms(model: PreTrainedModel) -> dict[str, Tensor]:
         "head_out_norm_AH": torch.stack(head_out).double(),
         "group_norm_AG": torch.stack(group).double(),
     }
-
-
-@torch.no_grad()
-def model_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, the same in every dtype that holds them exactly: values are hashed as float32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        for part in tensor if tensor.dim() > 2 else [tensor]:
-            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -22,9 +22,10 @@ from transformers import (
 from trl import SFTConfig
 
 from slimmoe_hf.arguments import DistillationConfig
-from slimmoe_hf.calibration import collect_stats, model_sha256
+from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.data import batches, dataset_hash, tokenize
 from slimmoe_hf.families import shape_of
+from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.resumption import load_weights, mark_complete, require_complete
 from slimmoe_hf.surgery import apply_plan, check_fits

@@ -52,6 +52,29 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True)
+class DiskNames:
+    """What a published checkpoint calls the weights of a layer's experts (`{}` is the expert's number) and router.
+
+    Attributes:
+        gate, up, down: One linear projection each, `[F, D]`, `[F, D]` and `[D, F]`.
+        router: `[E, D]`.
+    """
+
+    gate: str = "mlp.experts.{}.gate_proj.weight"
+    up: str = "mlp.experts.{}.up_proj.weight"
+    down: str = "mlp.experts.{}.down_proj.weight"
+    router: str = "mlp.gate.weight"
+
+
+MIXTRAL_NAMES = DiskNames(
+    gate="block_sparse_moe.experts.{}.w1.weight",
+    up="block_sparse_moe.experts.{}.w3.weight",
+    down="block_sparse_moe.experts.{}.w2.weight",
+    router="block_sparse_moe.gate.weight",
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: paths inside a decoder layer, config keys, and what may not be cut and why.
 
@@ -64,6 +87,7 @@ class Family:
         attention: Path of the attention inside a decoder layer.
         top_k: Experts per token where the code fixes it; otherwise the config says `num_experts_per_tok`.
         layout: How the fused expert tensors are laid out.
+        disk: What a published checkpoint calls them.
         no_groups: Why key/value groups cannot be cut; empty where they can.
     """
 
@@ -75,13 +99,14 @@ class Family:
     attention: str = "self_attn"
     top_k: int | None = None
     layout: ExpertLayout = field(default_factory=ExpertLayout)
+    disk: DiskNames = field(default_factory=DiskNames)
     no_groups: str = ""
 
 
 FAMILIES = {
     # Always two experts a token, whatever the config says: sparsemixer asserts it.
-    "phimoe": Family("mlp.experts", "mlp.router", "intermediate_size", "num_local_experts", top_k=2),
-    "mixtral": Family("mlp.experts", "mlp.gate", "intermediate_size", "num_local_experts"),
+    "phimoe": Family("mlp.experts", "mlp.router", "intermediate_size", "num_local_experts", top_k=2, disk=MIXTRAL_NAMES),
+    "mixtral": Family("mlp.experts", "mlp.gate", "intermediate_size", "num_local_experts", disk=MIXTRAL_NAMES),
     "olmoe": Family(
         "mlp.experts", "mlp.gate", "intermediate_size", "num_experts",
         no_groups="OLMoE normalises queries and keys over all heads together, so dropping some changes the others",
@@ -159,13 +184,20 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     )
 
 
+def shape_values(config: PreTrainedConfig, shape: Shape) -> dict[str, int]:
+    """The config keys, with their values, that give a model the sizes that a plan can change."""
+    values = {family_of(config).width_key: shape.expert_width}
+    if shape.kv_groups != shape_of(config).kv_groups:
+        values["head_dim"] = shape.head_width  # no longer hidden_size / heads, so it must be said
+        values["num_key_value_heads"] = shape.kv_groups
+        values["num_attention_heads"] = shape.query_heads
+    return values
+
+
 def set_shape(config: PreTrainedConfig, shape: Shape) -> None:
     """Write the sizes that a plan can change into a config, in place: the reverse of `shape_of`."""
-    setattr(config, family_of(config).width_key, shape.expert_width)
-    if shape.kv_groups != shape_of(config).kv_groups:
-        config.head_dim = shape.head_width  # no longer hidden_size / heads, so it must be said
-        config.num_key_value_heads = shape.kv_groups
-        config.num_attention_heads = shape.query_heads
+    for key, value in shape_values(config, shape).items():
+        setattr(config, key, value)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
+from slimmoe_hf.shards import INDEX, SINGLE, all_finite, read_header, read_tensor
+
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_INDEX = "model.safetensors.index.json"
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def find_checkpoint(model: str, revision: str | None = None) -> Path:
@@ -56,7 +54,7 @@ def verify_checkpoint(path: Path, finite: bool = True) -> None:
     """
     load_config(path)
     for file in weight_files(path):
-        _verify_header(file)
+        read_header(file)
         if finite:
             _verify_finite(file)
     load_tokenizer(path)
@@ -132,11 +130,11 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         ValueError: There are none, or the index names one that is missing or outside the folder.
     """
-    index = path / _INDEX
+    index = path / INDEX
     if not index.exists():
-        if (path / "model.safetensors").is_file():
-            return [path / "model.safetensors"]
-        raise ValueError(f"{path}: no model.safetensors and no {_INDEX}. Pickled weights are not read: convert them.")
+        if (path / SINGLE).is_file():
+            return [path / SINGLE]
+        raise ValueError(f"{path}: no {SINGLE} and no {INDEX}. Pickled weights are not read: convert them.")
     content = _read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -151,7 +149,7 @@ def weight_files(path: Path) -> list[Path]:
             raise ValueError(f"{file}: missing, but the index says that it holds {tensor}. Fetch it again.")
     for file in files:
         promised = {tensor for tensor, name in weight_map.items() if name == file.name}
-        if absent := promised - _header(file).keys():
+        if absent := promised - read_header(file).keys():
             raise ValueError(f"{file}: lacks {min(absent)}, which the index says it holds. Fetch it again.")
     return sorted(files)
 
@@ -176,44 +174,11 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """A safetensors header: tensor name to dtype, shape and offsets."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{file}: truncated: {size} bytes, not even its header is whole. Fetch it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{file}: not a safetensors file (its header is not JSON).") from None
-    header.pop("__metadata__", None)
-    return header
-
-
-def _verify_header(file: Path) -> None:
-    header = _header(file)
-    with file.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
-    size = file.stat().st_size
-    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = tensor["data_offsets"]
-        if start + end > size:
-            raise ValueError(
-                f"{file}: truncated at {name}: it ends at byte {start + end}, the file has {size}. Fetch it again."
-            )
-        width = _DTYPE_BYTES.get(tensor["dtype"])
-        if width and math.prod(tensor["shape"]) * width != end - begin:
-            raise ValueError(f"{file}: {name} has {end - begin} bytes, not what its shape {tensor['shape']} needs.")
-
-
 def _verify_finite(file: Path) -> None:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            tensor = tensors.get_tensor(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(f"{file}: {name} holds {bad} values that are not finite. Fetch or make it again.")
+    for name, stored in read_header(file).items():
+        if not all_finite(tensor := read_tensor(file.parent, stored)):
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            raise ValueError(f"{file}: {name} holds {bad} values that are not finite. Fetch or make it again.")
 
 
 def _read_json(file: Path) -> Any:

@@ -121,7 +121,8 @@ class PlanMeta(BaseModel):
 
     Attributes:
         family: The model type. before, after: Sizes. target, criterion, seed, loss: What was asked for.
-        model_sha256: The weights that were scored. data_sha256: The text. stats_sha256: The statistics.
+        model_sha256: The weights that were scored. fingerprint: Of a sample of them.
+        data_sha256: The text. stats_sha256: The statistics.
         teacher_sha256: The teacher of `kd_topk`; None where the model was its own.
         layers: One summary a layer.
         request: What a `SlimmingCallback` was asked for, so that a changed request is noticed.
@@ -138,6 +139,7 @@ class PlanMeta(BaseModel):
     seed: int
     loss: str
     model_sha256: str
+    fingerprint: str | None = None
     data_sha256: str
     stats_sha256: str
     teacher_sha256: str | None = None
@@ -171,6 +173,32 @@ class CompressionPlan:
 
     def _shapes(self) -> tuple[Shape, Shape]:
         return self.meta.before, self.meta.after
+
+    def check_fits(self, config: PreTrainedConfig) -> None:
+        """Raise ValueError unless the plan starts from this config's family and sizes."""
+        if config.model_type != self.meta.family:
+            raise ValueError(f"the plan is for {self.meta.family}, the model is {config.model_type}.")
+        have, want = shape_of(config), self.meta.before
+        if have != want:
+            differences = [
+                f"{name} {value}, the model has {dataclasses.asdict(have)[name]}"
+                for name, value in dataclasses.asdict(want).items()
+                if value != dataclasses.asdict(have)[name]
+            ]
+            raise ValueError(
+                f"the plan was made for another model: it expects {'; '.join(differences)}. Make a plan for this one."
+            )
+
+    def attention_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer that loses groups keeps: rows of `q_proj` (columns of `o_proj`), and rows of `k_proj` and `v_proj`.
+
+        Returns:
+            Indices `[H' * C]` and `[G' * C]`, ascending.
+        """
+        before, kept_G = self.meta.before, self.groups[layer]
+        per_group, width = before.query_heads // before.kv_groups, torch.arange(before.head_width)
+        heads = (kept_G[:, None] * per_group + torch.arange(per_group)).flatten()
+        return (heads[:, None] * len(width) + width).flatten(), (kept_G[:, None] * len(width) + width).flatten()
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.json` and `plan.safetensors` into `folder`, beside their place first, then renamed."""
@@ -259,7 +287,8 @@ def make_plan(stats: ExpertStats, target: Target, criterion: str = "taylor", see
         groups = dict(enumerate(_best(scores.groups_AG, after.kv_groups)))
     meta = PlanMeta(
         family=stats.meta.family, before=before, after=after, target=target, criterion=criterion, seed=seed,
-        loss=stats.meta.loss, model_sha256=stats.meta.model_sha256, data_sha256=stats.meta.data_sha256,
+        loss=stats.meta.loss, model_sha256=stats.meta.model_sha256, fingerprint=stats.meta.fingerprint,
+        data_sha256=stats.meta.data_sha256,
         stats_sha256=stats.sha256, teacher_sha256=stats.meta.teacher_sha256,
         layers=_summaries(stats, scores, unknown_LE, neurons, groups),
     )  # fmt: skip

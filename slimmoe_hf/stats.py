@@ -34,6 +34,7 @@ class StatsMeta(BaseModel):
         loss: What was differentiated.
         tokens: Calibration tokens, padding excluded. sequences: How many sequences they came in.
         data_sha256: Hash of the token ids. model_sha256: Hash of the scored weights.
+        fingerprint: Of a sample of them, which can be had of a checkpoint on disk without reading it whole.
         teacher_sha256: Hash of the teacher's weights; None where the model was its own teacher.
         version: Of this format.
     """
@@ -48,6 +49,7 @@ class StatsMeta(BaseModel):
     sequences: int
     data_sha256: str
     model_sha256: str
+    fingerprint: str | None = None
     teacher_sha256: str | None = None
     version: int = VERSION
 

@@ -1,6 +1,6 @@
 """A plan applied to a model in memory, in place: the only writer of shapes there.
 
-Shape letters: E experts, F expert width, D model width, H query heads, G key/value groups, C head width.
+Shape letters: E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimmoe_hf.families import Shape, family_of, layer_views, set_shape, shape_of
+from slimmoe_hf.families import family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -39,25 +39,14 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
-            _drop_groups(view.attention, plan.groups[view.index], plan.meta.before, plan.meta.after)
+            _drop_groups(view.attention, *plan.attention_rows(view.index))
     set_shape(model.config, plan.meta.after)
     return model
 
 
 def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError unless the plan starts from this model's family and sizes."""
-    if model.config.model_type != plan.meta.family:
-        raise ValueError(f"the plan is for {plan.meta.family}, the model is {model.config.model_type}.")
-    have, want = shape_of(model.config), plan.meta.before
-    if have != want:
-        differences = [
-            f"{name} {getattr(want, name)}, the model has {getattr(have, name)}"
-            for name in have.__dataclass_fields__
-            if getattr(have, name) != getattr(want, name)
-        ]
-        raise ValueError(
-            f"the plan was made for another model: it expects {'; '.join(differences)}. Make a plan for this one."
-        )
+    plan.check_fits(model.config)
     missing = set(plan.neurons) - {view.index for view in layer_views(model) if view.experts is not None}
     if missing:
         raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
@@ -85,13 +74,8 @@ def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> No
     experts.intermediate_dim = kept_EF.shape[-1]
 
 
-def _drop_groups(attention: Any, kept_G: Tensor, before: Shape, after: Shape) -> None:
+def _drop_groups(attention: Any, queries: Tensor, keys: Tensor) -> None:
     """Keep key/value groups with their query heads: rows of q, k, v (and their biases), columns of o (not its bias)."""
-    per_group = before.query_heads // before.kv_groups
-    width = torch.arange(before.head_width)
-    keys = (kept_G[:, None] * before.head_width + width).flatten()
-    heads = (kept_G[:, None] * per_group + torch.arange(per_group)).flatten()
-    queries = (heads[:, None] * before.head_width + width).flatten()
     for projection, rows in ((attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)):
         projection.weight = _select(projection.weight, rows, 0)
         if projection.bias is not None:

@@ -7,8 +7,9 @@ import torch
 from tiny import NUM_EXPERTS, save_tiny, tiny_batch, tiny_model
 from transformers import AutoModelForCausalLM
 
-from slimmoe_hf.calibration import collect_stats, model_sha256
+from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, shape_of
+from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.stats import ExpertStats
 
 

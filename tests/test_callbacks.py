@@ -26,9 +26,9 @@ from slimmoe_hf import (
     collect_stats,
     make_plan,
 )
-from slimmoe_hf.calibration import model_sha256
 from slimmoe_hf.data import batches, tokenize
 from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.identity import model_sha256
 
 COMMON = {
     "max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False, "disable_tqdm": True,

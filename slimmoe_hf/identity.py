@@ -1,0 +1,85 @@
+"""Which weights are these? Hashes that do not depend on dtype or layout: of a whole model, and of a cheap sample of one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimmoe_hf.disk import Part, read_part
+from slimmoe_hf.families import family_of, layer_views, shape_of
+
+
+@torch.no_grad()
+def model_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, the same in every dtype that holds them exactly: values are hashed as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        for part in tensor if tensor.dim() > 2 else [tensor]:
+            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Which weights a model has, from a sample of them: routers, and a row of every expert and every attention.
+
+    Rounded to bfloat16, so that the dtype in which a model was loaded does not matter.
+
+    Args:
+        model: On real devices.
+    """
+    family, width = family_of(model.config), shape_of(model.config).expert_width
+    samples = {}
+    for view in layer_views(model):
+        prefix, attention = f"{family.layers}.{view.index}", view.attention
+        query: Any = attention.q_proj
+        samples[f"{prefix}.{family.attention}.q_proj.weight"] = query.weight[:1]
+        if view.experts is None or view.router is None:
+            continue
+        weights: dict[str, Tensor] = dict(view.experts.named_parameters())
+        up, down = weights[family.layout.gate_up], weights[family.layout.down]
+        router: Any = view.router
+        samples[f"{prefix}.{family.disk.router}"] = router.weight
+        for expert in range(up.shape[0]):
+            samples[f"{prefix}.{family.disk.gate.format(expert)}"] = up[expert, :1]
+            samples[f"{prefix}.{family.disk.up.format(expert)}"] = up[expert, width : width + 1]
+            samples[f"{prefix}.{family.disk.down.format(expert)}"] = down[expert, :1]
+    return combined({name: sample_digest(sample) for name, sample in samples.items()})
+
+
+def sampled(config: PreTrainedConfig) -> frozenset[str]:
+    """Published names of the weights that `model_fingerprint` looks at; a dense layer lacks some of them."""
+    family = family_of(config)
+    experts = range(shape_of(config).num_experts)
+    names = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"{family.layers}.{layer}"
+        names += [f"{prefix}.{family.attention}.q_proj.weight", f"{prefix}.{family.disk.router}"]
+        for kind in (family.disk.gate, family.disk.up, family.disk.down):
+            names += [f"{prefix}.{kind.format(expert)}" for expert in experts]
+    return frozenset(names)
+
+
+def sample(config: PreTrainedConfig, folder: Path, part: Part) -> str:
+    """The digest of one weight's sample, read from disk."""
+    if part.name.endswith(family_of(config).disk.router):
+        return sample_digest(read_part(folder, part))
+    return sample_digest(read_part(folder, part, rows=None if part.scale else 1)[:1])
+
+
+@torch.no_grad()
+def sample_digest(values: Tensor) -> str:
+    """Digest of some weights, rounded to bfloat16."""
+    rounded = values.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+    return hashlib.sha256(f"{list(rounded.shape)}".encode() + rounded.numpy().tobytes()).hexdigest()[:16]
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """One fingerprint of the samples of all weights, by published name."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
