@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from slimmoe_hf.arguments import DistillationConfig
     from slimmoe_hf.calibration import collect_stats
     from slimmoe_hf.callbacks import SlimmingCallback
+    from slimmoe_hf.checkpoint import slim_checkpoint
     from slimmoe_hf.criteria import CRITERIA
     from slimmoe_hf.families import FAMILIES
     from slimmoe_hf.pipeline import run_recipe
@@ -31,6 +32,7 @@ _HOMES = {
     "collect_stats": "calibration",
     "make_plan": "plan",
     "run_recipe": "pipeline",
+    "slim_checkpoint": "checkpoint",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "collect_stats",
     "make_plan",
     "run_recipe",
+    "slim_checkpoint",
 ]
 
 

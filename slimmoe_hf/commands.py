@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 import slimmoe_hf
 from slimmoe_hf.atomic import refuse_existing, replacing, write_text
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
+from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, take_tokens, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.evaluation import evaluate_checkpoint, held_out, opening_prompts
@@ -36,10 +37,11 @@ from slimmoe_hf.loading import (
     load_model,
     load_tokenizer,
     verify_checkpoint,
+    weight_bytes,
     weights_sha256,
 )
 from slimmoe_hf.pipeline import distil, run_recipe, save_checkpoint
-from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, check_vocabulary, device, training_arguments
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.stats import ExpertStats
@@ -81,9 +83,17 @@ def env(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     _require(args, "model", "data", "output")
+    output = _output(args)
+    stats = _scored(args)
+    stats.save(output)
+    rich.print(
+        f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
+    )
+
+
+def _scored(args: argparse.Namespace) -> ExpertStats:
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
-    output = _output(args)
     model, tokenizer = _checkpoint(args.model, args.revision)
     teacher = None
     if args.teacher is not None and args.loss == "kd_topk":
@@ -92,15 +102,11 @@ def score(args: argparse.Namespace) -> None:
         teacher = load_model(folder, device=device())
     documents, _ = take_apart(_documents(args), args.tokens, tokenizer, args.seed)
     rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
-    stats = collect_stats(
+    return collect_stats(
         load_model(model, device=device()),
         batches(rows, args.batch_size, tokenizer.pad_token_id or 0),
         loss=args.loss,
         teacher=teacher,
-    )
-    stats.save(output)
-    rich.print(
-        f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
     )
 
 
@@ -130,6 +136,46 @@ def _show(folders: list[str], as_json: bool) -> None:
         return
     text = describe_plan(plans[0]) if len(plans) == 1 else compare_plans(*plans)
     Console().print(text, highlight=False, soft_wrap=True)
+
+
+def slim(args: argparse.Namespace) -> None:
+    """A checkpoint and a plan (or text and a size) in, a smaller checkpoint out."""
+    _require(args, "model", "output")
+    output, size = _output(args), parse_size(args.shard_size)
+    if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
+    target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
+    if args.plan is not None:
+        if args.data is not None or target != Target():
+            raise ValueError("slim takes a plan, or --data and a size, not both: a plan is a decision made already.")
+        chosen = CompressionPlan.load(args.plan)
+    elif args.data is None:
+        raise ValueError("slim needs --plan, or --data and --expert-width or --kv-groups (see slimmoe slim --help)")
+    else:
+        validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
+        chosen = make_plan(_scored(args), target, args.criterion, args.seed)
+    slim_checkpoint(
+        args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
+        delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,
+    )  # fmt: skip
+    rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
+
+
+def parse_size(text: str) -> int:
+    """`500MB`, `1GB` or a plain number, in bytes.
+
+    Raises:
+        ValueError: It is none of these, or not positive.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, factor = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ValueError(f"--shard-size {text}: not a size. Write it as 500MB or 1GB.")
+    return size
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -253,5 +299,5 @@ def _print_json(values: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "env": env, "score": score, "plan": plan, "distill": distill, "run": run, "eval": evaluate,
+    "env": env, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run, "eval": evaluate,
 }  # fmt: skip

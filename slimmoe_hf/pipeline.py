@@ -20,6 +20,7 @@ import slimmoe_hf
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
 from slimmoe_hf.evaluation import evaluate_checkpoint
 from slimmoe_hf.loading import load_model, weights_sha256
@@ -30,8 +31,8 @@ from slimmoe_hf.recipe import Recipe, Stage, load_recipe
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme, shown
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
+from slimmoe_hf.serving import add_biases, write_serving_config
 from slimmoe_hf.stats import ExpertStats
-from slimmoe_hf.surgery import apply_plan
 from slimmoe_hf.trainer import DistillationTrainer
 
 
@@ -119,15 +120,17 @@ def distil(
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """Save what plain transformers loads, tokenizer included; shards of at most 1 GB.
+    """Save what plain transformers and serving engines load, tokenizer included; shards of at most 1 GB.
 
     Args:
-        model: It is converted to `dtype` in place.
+        model: It is converted to `dtype`, and to the form of `slimmoe_hf.serving`, in place.
         tokenizer: Its tokenizer.
         folder: Where to.
         dtype: `float32`, `bfloat16` or `float16`.
     """
+    add_biases(model)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="1GB")
+    write_serving_config(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -186,9 +189,9 @@ class _Pipeline:
         return {"plan_sha256": plan.sha256}
 
     def _slim(self, source: Path, folder: Path) -> Result:
-        model = apply_plan(load_model(source), CompressionPlan.load(folder / "plan"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a slimmed model that is no more
-        self._save(model, folder / "slimmed")
+        plan = CompressionPlan.load(folder / "plan")
+        slim_checkpoint(source, plan, folder / "slimmed", dtype=self.inputs.dtype, overwrite=True)
         return {}
 
     def _distil(self, number: int, folder: Path) -> Result:

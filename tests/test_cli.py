@@ -18,14 +18,13 @@ from bad_input import BAD_RECIPES, Values, broken_config, dense, large_tokenizer
 from filelock import FileLock
 from recipes import tiny_recipe, write_recipe
 from runs import in_child
-from tiny import save_tiny, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import save_tiny
 
 from slimmoe_hf import cli, commands, pipeline
 from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 
-COMMANDS = ("env", "score", "plan", "distill", "run", "eval")
+COMMANDS = ("env", "score", "plan", "slim", "distill", "run", "eval")
 DATA = ("--max-length", "64")
 
 
@@ -85,6 +84,10 @@ def test_flags_are_a_visible_decision():
         "env": common | {"--json"},
         "score": common | train | teacher | output | {"--loss", "--batch-size"},
         "plan": common | output | {"--expert-width", "--kv-groups", "--criterion", "--seed", "--json"},
+        "slim": common | train | teacher | output | {
+            "--loss", "--batch-size", "--plan", "--expert-width", "--kv-groups", "--criterion", "--other-weights", "--dtype",
+            "--shard-size", "--delete-source-shards",
+        },
         "distill": common | train | teacher | output | {
             "--model", "--max-steps", "--num-train-epochs", "--learning-rate", "--lr-scheduler-type", "--warmup-steps",
             "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps", "--beta", "--temperature",
@@ -101,7 +104,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 
 def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.CaptureFixture[str]):
-    """score -> plan -> plan show -> (apply) -> distill -> eval, each by its command."""
+    """score -> plan -> plan show -> slim -> distill -> eval, each by its command."""
     teacher, text = str(home / "teacher"), str(home / "text.jsonl")
     stats, plan, slim, better = (str(home / name) for name in ("stats.safetensors", "plan", "slim", "better"))
     assert cli.main(["score", teacher, "--data", text, *DATA, "--tokens", "1024", "--output", stats]) == 0
@@ -113,10 +116,10 @@ def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.Capture
     assert cli.main(["plan", "show", plan, plan]) == 0
     assert "the same decision" in capsys.readouterr().out
 
-    from slimmoe_hf import CompressionPlan, apply_plan
-
-    apply_plan(AutoModelForCausalLM.from_pretrained(teacher), CompressionPlan.load(plan)).save_pretrained(slim)
-    tiny_tokenizer().save_pretrained(slim)
+    assert cli.main(["slim", teacher, "--plan", plan, "--output", slim]) == 0
+    at_once = ["slim", teacher, "--data", text, *DATA, "--tokens", "1024", "--expert-width", "16", "--output"]
+    assert cli.main([*at_once, str(home / "at-once")]) == 0
+    assert weights_sha256(home / "at-once") == weights_sha256(Path(slim))
     training = ["--max-steps", "6", "--learning-rate", "1e-3", "--per-device-train-batch-size", "4"]
     given = ["--model", slim, "--teacher", teacher, "--data", text, *DATA, *training, "--output", better]
     assert cli.main(["distill", *given]) == 0
@@ -186,7 +189,15 @@ def test_any_training_argument_may_stand_in_the_config_file(home: Path):
     ("argv", "message"),
     [
         ([], "no command given"),
-        (["slim"], "invalid choice: 'slim'"),
+        (["slam"], "invalid choice: 'slam'"),
+        (["slim", "m", "--output", "o"], "slim needs --plan, or --data and --expert-width or --kv-groups"),
+        (
+            ["slim", "m", "--output", "o", "--plan", "p", "--data", "d"],
+            "slim takes a plan, or --data and a size, not both",
+        ),
+        (["slim", "m", "--output", "o", "--plan", "p", "--shard-size", "big"], "--shard-size big: not a size"),
+        (["slim", "m", "--output", "o", "--plan", "p", "--dtype", "int8"], "--dtype int8: unknown; use float32"),
+        (["slim", "m", "--output", "o", "--plan", "nowhere"], "nowhere: no plan there"),
         (["score"], "score needs model, data, output (see slimmoe score --help)"),
         (["score", "m", "--los", "lm"], "unrecognized arguments: --los"),
         (["score", "m", "--data", "d", "--output", "o", "--loss", "ml"], "--loss ml: unknown; use one of lm, kd_topk."),

@@ -19,10 +19,11 @@ from runs import in_child
 from tiny import tiny_tokenizer, write_text
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from slimmoe_hf import calibration, pipeline
+from slimmoe_hf import pipeline
 from slimmoe_hf.callbacks import SlimmingCallback
 from slimmoe_hf.data import document_hash, load_splits, take_rows
 from slimmoe_hf.evaluation import count_parameters
+from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target
@@ -110,7 +111,7 @@ def test_every_stage_scored_its_own_student_and_learned_from_the_original(home: 
     assert first_cut.scored_sha256 == original and second_cut.scored_sha256 == first.weights_sha256
 
     def values(folder: str | Path) -> str:  # a hash that the statistics take of the model itself, not of its files
-        return calibration.model_sha256(load_model(Path(folder)))
+        return model_sha256(load_model(Path(folder)))
 
     for cut, scored in ((first_cut, home / "teacher"), (second_cut, home / "run" / first.path)):
         stats = ExpertStats.load(home / "run" / f"stage-{cut.stage}" / "stats.safetensors")

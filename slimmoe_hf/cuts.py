@@ -1,0 +1,132 @@
+"""Which rows and columns of which stored weight make up each weight of a slimmed checkpoint, and in which file it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from slimmoe_hf.disk import Part, expected_shapes, read_part
+from slimmoe_hf.families import family_of, shape_values
+from slimmoe_hf.plan import CompressionPlan
+from slimmoe_hf.serving import needs_biases, serving_config
+from slimmoe_hf.shards import DTYPES, SINGLE
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One weight of the slimmed checkpoint.
+
+    Attributes:
+        name: Its published name. shape, dtype: Its own.
+        part: The weight it is taken from; None for zeros.
+        axis, index: What is selected; None for all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    part: Part | None
+    axis: int = 0
+    index: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def read(self, folder: Path) -> Tensor:
+        """Read what it is taken from and select."""
+        if self.part is None:
+            return torch.zeros(self.shape, dtype=self.dtype)
+        weight = read_part(folder, self.part)
+        if self.index is not None:
+            weight = weight.index_select(self.axis, self.index)
+        return weight.to(self.dtype)
+
+
+def slimmed_config(
+    folder: Path, config: PreTrainedConfig, plan: CompressionPlan, dtype: str | torch.dtype | None, dequantised: bool
+) -> dict[str, Any]:
+    """The new `config.json`: the original's own, with the plan's sizes and in the form that engines expect."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values |= shape_values(config, plan.meta.after)
+    if dtype is not None or dequantised:
+        values["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
+        values.pop("torch_dtype", None)
+    return serving_config(values)
+
+
+def list_cuts(
+    config: PreTrainedConfig,
+    parts: Mapping[str, Part],
+    plan: CompressionPlan,
+    values: Mapping[str, Any],
+    dtype: str | torch.dtype | None,
+) -> list[Cut]:
+    """Every weight of the slimmed checkpoint, in the order in which the originals lie on disk.
+
+    Args:
+        config: The original's. parts: From `locate`.
+        plan: It fits the config.
+        values: The new config.
+        dtype: Of the new weights; None keeps their own.
+
+    Raises:
+        ValueError: The plan cuts experts in a layer that has none.
+    """
+    wanted = expected_shapes(AutoConfig.for_model(**values))
+    selections = _selections(config, plan)
+    if stray := selections.keys() - parts.keys():
+        raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
+    given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    cuts = []
+    for name, part in parts.items():
+        axis, index = selections.get(name, (0, None))
+        own = torch.bfloat16 if part.scale is not None else DTYPES[part.stored.dtype]
+        kept = given if given is not None and own.is_floating_point else own
+        cuts.append(Cut(name, wanted[name], kept, part, axis, index))
+    for name in wanted.keys() - parts.keys():
+        assert name.endswith(".bias") and needs_biases(config), name
+    zeros = sorted(wanted.keys() - parts.keys())
+    return cuts + [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
+
+
+def _selections(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, tuple[int, Tensor]]:
+    """Published name -> axis and indices, of every weight that loses something."""
+    family, found = family_of(config), {}
+    for layer, kept_EF in plan.neurons.items():
+        for expert, kept_F in enumerate(kept_EF):
+            for name, axis in ((family.disk.gate, 0), (family.disk.up, 0), (family.disk.down, 1)):
+                found[f"{family.layers}.{layer}.{name.format(expert)}"] = (axis, kept_F)
+    biased = config.to_dict().get("attention_bias", False)
+    for layer in plan.groups:
+        queries, keys = plan.attention_rows(layer)
+        prefix = f"{family.layers}.{layer}.{family.attention}"
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            found[f"{prefix}.{name}.weight"] = (0, rows)
+            if biased:
+                found[f"{prefix}.{name}.bias"] = (0, rows)
+        found[f"{prefix}.o_proj.weight"] = (1, queries)
+    return found
+
+
+def name_shards(cuts: Sequence[Cut], shard_bytes: int) -> dict[str, list[Cut]]:
+    """Deal weights, in order, to files of at most `shard_bytes`; a larger weight has a file of its own."""
+    groups: list[list[Cut]] = [[]]
+    size = 0
+    for cut in cuts:
+        if groups[-1] and size + cut.bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(cut)
+        size += cut.bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}

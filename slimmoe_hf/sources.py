@@ -1,0 +1,140 @@
+"""Where a checkpoint's files come from: a folder, or the Hub, one shard at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from slimmoe_hf.loading import find_checkpoint, weight_files
+from slimmoe_hf.shards import Stored, read_header
+
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+
+
+class LocalSource:
+    """The folder of a checkpoint.
+
+    Attributes:
+        folder: Where its files are.
+        name: What the user calls it.
+        revision: None: a folder has no revisions.
+    """
+
+    revision: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        """Take a folder as it is."""
+        self.folder = folder
+        self.name = str(folder)
+
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor of its weight files.
+
+        Raises:
+            ValueError: A file is missing, cut short, no safetensors file or outside the folder.
+        """
+        return {name: tensor for file in weight_files(self.folder) for name, tensor in read_header(file).items()}
+
+    def fetch(self, file: str) -> Path:
+        """The folder in which a weight file lies."""
+        return self.folder
+
+    def release(self, file: str) -> None:
+        """Nothing: a user's own files are never deleted."""
+
+
+class HubSource:
+    """A checkpoint on the Hub, at one commit; its shards are downloaded when they are read.
+
+    Attributes:
+        folder: Its small files (config, tokenizer, index), in the Hub's cache.
+        name: Its id. revision: The commit.
+    """
+
+    def __init__(self, name: str, revision: str | None, shards: Path | None = None) -> None:
+        """Resolve the revision and download the small files.
+
+        Args:
+            name: The Hub id.
+            revision: A commit, tag or branch.
+            shards: Where shards go, to be deleted once they are read; None leaves them in the Hub's cache.
+
+        Raises:
+            ValueError: There is no such model, or the Hub cannot be reached.
+        """
+        self.name, self._shards = name, shards
+        try:
+            info = HfApi().model_info(name, revision=revision)
+            self.revision = str(info.sha)
+            self.folder = Path(snapshot_download(name, revision=self.revision, allow_patterns=_SMALL))
+        except (OSError, HFValidationError) as error:
+            raise ValueError(f"{name}: the Hub did not give it: {str(error).strip().splitlines()[0]}") from error
+
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor of its weight files, from their headers alone; their places count from the header's end.
+
+        Raises:
+            ValueError: It has no safetensors files, or the Hub cannot be reached.
+        """
+        try:
+            files = HfApi().get_safetensors_metadata(self.name, revision=self.revision).files_metadata
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.name}: no safetensors to be had: {str(error).strip().splitlines()[0]}") from error
+        if outside := [file for file in files if Path(file).name != file]:
+            raise ValueError(f"{self.name}: the index points outside the folder ({outside[0]}); refused.")
+        return {
+            name: Stored(name, file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
+            for file, metadata in files.items()
+            for name, tensor in metadata.tensors.items()
+        }
+
+    def fetch(self, file: str) -> Path:
+        """Download a weight file, if it is not here yet; the folder in which it lies.
+
+        Raises:
+            ValueError: It cannot be downloaded.
+        """
+        try:
+            if self._shards is None:
+                return Path(hf_hub_download(self.name, file, revision=self.revision)).parent
+            return Path(hf_hub_download(self.name, file, revision=self.revision, local_dir=self._shards)).parent
+        except OSError as error:
+            raise ValueError(
+                f"{self.name}: {file} could not be downloaded: {str(error).strip().splitlines()[0]} "
+                "The same command continues."
+            ) from error
+
+    def release(self, file: str) -> None:
+        """Delete a downloaded weight file, if that was asked for."""
+        if self._shards is not None:
+            (self._shards / file).unlink(missing_ok=True)
+
+
+def open_source(model: str, revision: str | None = None, shards: Path | None = None) -> LocalSource | HubSource:
+    """A checkpoint by folder or Hub id. Without a network, what the Hub's cache holds whole will do.
+
+    Args:
+        model: A folder or a Hub id.
+        revision: Of the Hub id.
+        shards: As `HubSource`; only a Hub id's downloads can be deleted.
+
+    Raises:
+        ValueError: There is no such checkpoint; or a folder's own shards were to be deleted.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if shards is not None:
+            raise ValueError(
+                f"{model}: is a folder of yours, and only downloads are deleted. Leave --delete-source-shards out."
+            )
+        return LocalSource(path.resolve())
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return LocalSource(find_checkpoint(model))  # which says what is wrong with it
+    try:
+        return HubSource(model, revision, shards)
+    except ValueError:
+        if shards is not None:
+            raise
+        return LocalSource(find_checkpoint(model, revision))
