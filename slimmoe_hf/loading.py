@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
@@ -37,7 +37,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
         raise ValueError(f"{model}: no such folder. A model is the folder of a checkpoint, or a Hub id.")
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model}: no such folder here, and the Hub did not give it: {reason}") from error
 

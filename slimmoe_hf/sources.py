@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
@@ -69,7 +69,7 @@ class HubSource:
             info = HfApi().model_info(name, revision=revision)
             self.revision = str(info.sha)
             self.folder = Path(snapshot_download(name, revision=self.revision, allow_patterns=_SMALL))
-        except (OSError, HFValidationError) as error:
+        except (OSError, HTTPError, HFValidationError) as error:
             raise ValueError(f"{name}: the Hub did not give it: {str(error).strip().splitlines()[0]}") from error
 
     def stored(self) -> dict[str, Stored]:
@@ -80,7 +80,7 @@ class HubSource:
         """
         try:
             files = HfApi().get_safetensors_metadata(self.name, revision=self.revision).files_metadata
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPError, ValueError) as error:
             raise ValueError(f"{self.name}: no safetensors to be had: {str(error).strip().splitlines()[0]}") from error
         if outside := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{self.name}: the index points outside the folder ({outside[0]}); refused.")
@@ -100,7 +100,7 @@ class HubSource:
             if self._shards is None:
                 return Path(hf_hub_download(self.name, file, revision=self.revision)).parent
             return Path(hf_hub_download(self.name, file, revision=self.revision, local_dir=self._shards)).parent
-        except OSError as error:
+        except (OSError, HTTPError) as error:
             raise ValueError(
                 f"{self.name}: {file} could not be downloaded: {str(error).strip().splitlines()[0]} "
                 "The same command continues."

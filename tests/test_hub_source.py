@@ -1,0 +1,145 @@
+"""Slimming by Hub id, over HTTP: shard by shard, at one commit, each downloaded once, deleted where that is asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_checkpoint import same_tensors, saved
+from tiny import tiny_batch, tiny_model
+
+from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.plan import Target, make_plan
+
+SLIM = "import sys; from slimmoe_hf.cli import main; sys.exit(main())"
+# Dies in the middle: as the fourth shard of the output is begun.
+DYING = (
+    "import os, sys; from slimmoe_hf import checkpoint; begin = checkpoint.ShardWriter.__init__\n"
+    "def dying(self, path, tensors):\n"
+    "    if len(list(path.parent.glob('*.safetensors'))) == 3: os.kill(os.getpid(), 9)\n"
+    "    begin(self, path, tensors)\n"
+    "checkpoint.ShardWriter.__init__ = dying\n"
+    "from slimmoe_hf.cli import main; sys.exit(main())"
+)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    root = tmp_path_factory.mktemp("hub")
+    model = tiny_model("phimoe")
+    saved(root / "someone" / "tiny-moe", model)
+    stats = collect_stats(model, [tiny_batch()], progress=False)
+    make_plan(stats, Target(expert_width=16)).save(root / "plan")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root), str(port)]
+    server = subprocess.Popen(command)
+    endpoint = f"http://127.0.0.1:{port}"
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"{endpoint}/api/models/someone/tiny-moe", timeout=5)
+            break
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    yield root, endpoint
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def slim(hub: tuple[Path, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `slimmoe slim` in a process that has this hub and an empty cache."""
+    root, endpoint = hub
+    (root / "requests.log").write_text("")
+    environment = {
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "any", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0",
+    }  # fmt: skip
+
+    def run(
+        *argv: str, code: str = SLIM, model: str = "someone/tiny-moe", **changed: str
+    ) -> subprocess.CompletedProcess[str]:
+        given = ["slim", model, "--plan", str(root / "plan"), "--output", str(tmp_path / "out"), "--shard-size", "9KB"]
+        return subprocess.run(
+            [sys.executable, "-c", code, *given, *argv],
+            env=environment | changed,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    return run
+
+
+def downloads(root: Path) -> Counter[str]:
+    """How often each file of weights was fetched, its header alone not counted."""
+    lines = [line.split() for line in (root / "requests.log").read_text().splitlines()]
+    return Counter(name for name, span in lines if name.endswith(".safetensors") and not span.endswith("-100000"))
+
+
+def weights_under(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*.safetensors") if file.stat().st_size > 0]
+
+
+def test_a_hub_model_is_slimmed_as_a_local_one_and_its_shards_stay_in_the_cache(hub, slim, tmp_path: Path):
+    root, _ = hub
+    done = slim()
+    assert done.returncode == 0, done.stderr
+    from slimmoe_hf.plan import CompressionPlan
+
+    slim_checkpoint(root / "someone" / "tiny-moe", CompressionPlan.load(root / "plan"), tmp_path / "local")
+    same_tensors(tmp_path / "out", tmp_path / "local")
+    assert len(weights_under(tmp_path / "home")) == len(list((root / "someone" / "tiny-moe").glob("*.safetensors")))
+
+
+def test_killed_and_called_again_no_shard_is_downloaded_twice_and_none_is_kept(hub, slim, tmp_path: Path):
+    root, _ = hub
+    died = slim("--delete-source-shards", code=DYING)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    everything = sorted(file.name for file in (root / "someone" / "tiny-moe").glob("*.safetensors"))
+    assert 0 < len(downloads(root)) < len(everything)
+    done = slim("--delete-source-shards")
+    assert done.returncode == 0, done.stderr
+    assert downloads(root) == dict.fromkeys(everything, 1)
+    assert weights_under(tmp_path / "home") == []
+    assert {file.parent for file in weights_under(tmp_path)} == {tmp_path / "out"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "model", "message"),
+    [
+        ([], "someone/nowhere", "someone/nowhere: no such folder here, and the Hub did not give it"),
+        (["--delete-source-shards"], "someone/nowhere", "someone/nowhere: the Hub did not give it"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(slim, tmp_path: Path, argv: list[str], model: str, message: str):
+    done = slim(*argv, model=model)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith(f"error: {message}"), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_is_one_line(slim):
+    done = slim("--delete-source-shards", HF_ENDPOINT="http://127.0.0.1:9")
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: someone/tiny-moe: the Hub did not give it")
+
+
+def test_shards_of_a_folder_are_never_deleted(hub, slim, tmp_path: Path):
+    root, _ = hub
+    done = slim("--delete-source-shards", model=str(root / "someone" / "tiny-moe"))
+    assert done.returncode == 2 and "only downloads are deleted" in done.stderr
+    assert weights_under(root / "someone" / "tiny-moe")
