@@ -30,7 +30,7 @@ from slimmoe_hf.disk import Part, expected_shapes, locate
 from slimmoe_hf.identity import combined, sample, sampled
 from slimmoe_hf.loading import files_sha256, load_config
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.shards import INDEX, ShardWriter, Stored, all_finite, read_header
+from slimmoe_hf.shards import INDEX, Buffer, ShardWriter, Stored, all_finite, read_header
 from slimmoe_hf.sources import HubSource, LocalSource, open_source
 
 SHARD_BYTES = 1_000_000_000
@@ -131,6 +131,7 @@ class _Run:
         self.written: dict[str, str] = {}
         self.samples: dict[str, str] = {}
         self._fetched: dict[str, tuple[Path, dict[str, Stored]]] = {}
+        self._buffer = Buffer()  # of the one thread that reads
         self._resume()
 
     def _resume(self) -> None:
@@ -198,7 +199,7 @@ class _Run:
         with ThreadPoolExecutor(1) as reader:
             try:
                 for cut in cuts:
-                    size = cut.part.stored.bytes if cut.part else 0
+                    size = cut.bytes
                     while waiting and ahead + size > _AHEAD:
                         done, future, done_size = waiting.popleft()
                         yield done, future.result()
@@ -214,14 +215,14 @@ class _Run:
 
     def _read(self, cut: Cut) -> Tensor:
         if cut.part is None:
-            return cut.read(self.folder)
+            return cut.read(self.folder, self._buffer)
         folder = self._checked(cut.part.stored)
         if cut.part.scale is not None:
             self._checked(cut.part.scale)
         part = self._placed(cut.part)
         if cut.name in self.sampled:
             self.samples[cut.name] = sample(self.config, folder, part)
-        return Cut(cut.name, cut.shape, cut.dtype, part, cut.axis, cut.index).read(folder)
+        return Cut(cut.name, cut.shape, cut.dtype, part, cut.axis, cut.index).read(folder, self._buffer)
 
     def _checked(self, stored: Stored) -> Path:
         """The folder of a tensor's file, fetched, its header compared with what was promised."""

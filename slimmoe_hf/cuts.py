@@ -16,7 +16,7 @@ from slimmoe_hf.disk import Part, expected_shapes, read_part
 from slimmoe_hf.families import family_of, shape_values
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.serving import needs_biases, serving_config
-from slimmoe_hf.shards import DTYPES, SINGLE
+from slimmoe_hf.shards import DTYPES, SINGLE, Buffer
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,13 @@ class Cut:
         """Its size."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def read(self, folder: Path) -> Tensor:
-        """Read what it is taken from and select."""
+    def read(self, folder: Path, buffer: Buffer) -> Tensor:
+        """Read what it is taken from, into `buffer` where only a selection of it is kept, and select."""
         if self.part is None:
             return torch.zeros(self.shape, dtype=self.dtype)
-        weight = read_part(folder, self.part)
-        if self.index is not None:
-            weight = weight.index_select(self.axis, self.index)
-        return weight.to(self.dtype)
+        if self.index is None:
+            return read_part(folder, self.part).to(self.dtype)
+        return read_part(folder, self.part, buffer=buffer).index_select(self.axis, self.index).to(self.dtype)
 
 
 def slimmed_config(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import family_of, layer_views
-from slimmoe_hf.shards import Stored, read_tensor
+from slimmoe_hf.shards import Buffer, Stored, read_tensor
 
 _SCALE = "_scale_inv"
 _DEQUANTISED = ("fp8",)
@@ -158,16 +158,17 @@ def _fused_parts(
     return found
 
 
-def read_part(folder: Path, part: Part, rows: int | None = None) -> Tensor:
+def read_part(folder: Path, part: Part, rows: int | None = None, buffer: Buffer | None = None) -> Tensor:
     """Read a weight, FP8 undone.
 
     Args:
         folder: Where its file is.
         part: From `locate`.
         rows: Only so many of the first rows; not for FP8.
+        buffer: As in `read_tensor`.
     """
     shape = part.shape if rows is None else (rows, *part.shape[1:])
-    weight = read_tensor(folder, part.stored, part.first, shape)
+    weight = read_tensor(folder, part.stored, part.first, shape, buffer)
     return weight if part.scale is None else dequantise(weight, read_tensor(folder, part.scale))
 
 

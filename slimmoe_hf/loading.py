@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError  # type: ignore[attr-defined]
@@ -15,17 +17,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from slimmoe_hf.shards import INDEX, SINGLE, all_finite, read_header, read_tensor
+from slimmoe_hf.disk import locate
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 
-def find_checkpoint(model: str, revision: str | None = None) -> Path:
+def find_checkpoint(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded (weights as safetensors only).
 
     Args:
         model: A folder or a Hub id.
         revision: A commit, tag or branch of the Hub id.
+        weights: Download the weights too; without them the folder has config, tokenizer and index.
 
     Raises:
         ValueError: It is neither.
@@ -36,14 +42,14 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"{model}: no such folder. A model is the folder of a checkpoint, or a Hub id.")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*_SMALL, *(["*.safetensors"] if weights else [])]))
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model}: no such folder here, and the Hub did not give it: {reason}") from error
 
 
 def verify_checkpoint(path: Path, finite: bool = True) -> None:
-    """Check every file of a checkpoint that a load would trust, one tensor at a time.
+    """Check every file of a checkpoint that a load would trust, one tensor at a time, and that no weight is missing.
 
     Args:
         path: Its folder.
@@ -52,11 +58,15 @@ def verify_checkpoint(path: Path, finite: bool = True) -> None:
     Raises:
         ValueError: One line that names the file or tensor and what is wrong with it.
     """
-    load_config(path)
-    for file in weight_files(path):
-        read_header(file)
-        if finite:
-            _verify_finite(file)
+    config = load_config(path)
+    stored = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
+    if config.model_type in FAMILIES:
+        locate(config, stored, str(path))
+    else:
+        load_model(path)  # raises where a weight is missing
+    if finite:
+        for tensor in stored.values():
+            _verify_finite(path, tensor)
     load_tokenizer(path)
 
 
@@ -92,22 +102,29 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
 
 
-def load_model(path: Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_model(
+    path: Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", room: int | None = None
+) -> PreTrainedModel:
     """Load a checkpoint with plain transformers, in eval mode, and insist that every weight came from its files.
+
+    A model larger than the GPU is for forward passes: what does not fit stays in host memory, and accelerate brings it
+    over layer by layer.
 
     Args:
         path: Its folder.
         dtype: Of the loaded weights.
-        device: Where they go.
+        device: Where it computes.
+        room: Bytes of weights that may lie on a GPU; None is most of what is free there.
 
     Raises:
         ValueError: A weight is missing (transformers would invent it), left over, or of another shape.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    spread = _spread(path, dtype, torch.device(device), room)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{path}: does not load: {' '.join(str(error).split())[:200]}") from error
@@ -121,7 +138,20 @@ def load_model(path: Path, dtype: str | torch.dtype = "float32", device: str | t
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
             raise ValueError(f"{path}: {name} {remedy} ({len(found[kind])} such). Fetch the checkpoint again.")
-    return model.to(device).eval()
+    return (model if spread else model.to(device)).eval()
+
+
+def _spread(path: Path, dtype: str | torch.dtype, device: torch.device, room: int | None) -> dict[str, Any]:
+    """Arguments that leave a part of a large model in host memory; none where all of it fits."""
+    if device.type != "cuda":
+        return {}
+    width = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    tensors = [tensor for file in weight_files(path) for tensor in read_header(file).values()]
+    needed = sum(math.prod(tensor.shape) * width for tensor in tensors)
+    room = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if room is None else room
+    if needed <= room:
+        return {}
+    return {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": psutil.virtual_memory().available}}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -174,11 +204,12 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def _verify_finite(file: Path) -> None:
-    for name, stored in read_header(file).items():
-        if not all_finite(tensor := read_tensor(file.parent, stored)):
-            bad = int((~torch.isfinite(tensor.float())).sum())
-            raise ValueError(f"{file}: {name} holds {bad} values that are not finite. Fetch or make it again.")
+def _verify_finite(path: Path, stored: Stored) -> None:
+    if not all_finite(tensor := read_tensor(path, stored)):
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        raise ValueError(
+            f"{path / stored.file}: {stored.name} holds {bad} values that are not finite. Fetch or make it again."
+        )
 
 
 def _read_json(file: Path) -> Any:

@@ -102,13 +102,30 @@ def parse_header(header: bytes, file: str, size: int | None = None) -> dict[str,
     return {tensor.name: tensor for tensor in found}
 
 
-def read_tensor(folder: Path, stored: Stored, first: int = 0, shape: Sequence[int] | None = None) -> Tensor:
-    """Read a tensor, or a contiguous part of one, into memory of its own.
+class Buffer:
+    """Memory to read into that is used again and again: fresh pages cost more than the reading."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes; what was read into them before is lost."""
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size]
+
+
+def read_tensor(
+    folder: Path, stored: Stored, first: int = 0, shape: Sequence[int] | None = None, buffer: Buffer | None = None
+) -> Tensor:
+    """Read a tensor, or a contiguous part of one.
 
     Args:
         folder: Where its file is.
         stored: From `read_header`.
         first: Element that the part starts at. shape: Of the part; None is the whole tensor.
+        buffer: Read into it; the tensor is good until the next read. None reads into memory of its own.
 
     Raises:
         ValueError: The file is shorter than its header says, or of a dtype that torch has not.
@@ -118,16 +135,16 @@ def read_tensor(folder: Path, stored: Stored, first: int = 0, shape: Sequence[in
     dtype = DTYPES[stored.dtype]
     shape = stored.shape if shape is None else shape
     wanted = math.prod(shape) * dtype.itemsize
-    buffer = torch.empty(wanted, dtype=torch.uint8)
+    memory = torch.empty(wanted, dtype=torch.uint8) if buffer is None else buffer.take(wanted)
     with (folder / stored.file).open("rb", buffering=0) as stream:
         stream.seek(stored.begin + first * dtype.itemsize)
-        view, done = _bytes_of(buffer), 0
+        view, done = _bytes_of(memory), 0
         while done < wanted:
             got = stream.readinto(view[done : done + (1 << 26)])
             if not got:
                 raise ValueError(f"{folder / stored.file}: truncated at {stored.name}. {_AGAIN}")
             done += got
-    return buffer.view(dtype).view(*shape)
+    return memory.view(dtype).view(*shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

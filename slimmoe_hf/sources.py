@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
 
-_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 
 
 class LocalSource:
@@ -68,7 +67,7 @@ class HubSource:
         try:
             info = HfApi().model_info(name, revision=revision)
             self.revision = str(info.sha)
-            self.folder = Path(snapshot_download(name, revision=self.revision, allow_patterns=_SMALL))
+            self.folder = find_checkpoint(name, self.revision, weights=False)
         except (OSError, HTTPError, HFValidationError) as error:
             raise ValueError(f"{name}: the Hub did not give it: {str(error).strip().splitlines()[0]}") from error
 

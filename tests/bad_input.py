@@ -147,7 +147,7 @@ BAD_RECIPES: list[tuple[Callable[[Path, Values], None], str]] = [
     (shard_missing, ".safetensors: missing, but the index says that it holds "),
     (shard_outside, "points outside the folder (../model-00001"),
     (not_finite, "model.layers.1.block_sparse_moe.experts.2.w2.weight holds 1 values that are not finite"),
-    (tensor_missing, "model.layers.1.mlp.router.weight is not in the weight files"),
+    (tensor_missing, "model.layers.1.block_sparse_moe.gate.weight is not in the weight files"),
     (pickled, "no model.safetensors and no model.safetensors.index.json. Pickled weights are not read"),
     (broken_config, "teacher/config.json: not valid JSON"),
     (wrong_config, "teacher/config.json: Validation error for field 'hidden_size'"),
