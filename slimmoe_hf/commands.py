@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = args.recipe or args.config
     if recipe is None:
         raise ValueError("give the recipe to run, e.g. slimmoe run examples/quickstart.yaml")
-    report = run_recipe(recipe, args.output, args.overwrite, args.dry_run)
+    report = run_recipe(recipe, args.output, args.overwrite, args.dry_run, args.machine)
     if report is not None:
         console = Console()
         console.print(table(report))

@@ -22,7 +22,7 @@ from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
-_DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
+DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 
 def find_checkpoint(model: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -42,7 +42,11 @@ def find_checkpoint(model: str, revision: str | None = None, weights: bool = Tru
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"{model}: no such folder. A model is the folder of a checkpoint, or a Hub id.")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*_SMALL, *(["*.safetensors"] if weights else [])]))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=[*_SMALL, *(["*.safetensors"] if weights else [])]
+            )
+        )
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model}: no such folder here, and the Hub did not give it: {reason}") from error
@@ -103,7 +107,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_model(
-    path: Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", room: int | None = None
+    path: Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    whole: bool = False,
+    room: int | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint with plain transformers, in eval mode, and insist that every weight came from its files.
 
@@ -114,6 +122,7 @@ def load_model(
         path: Its folder.
         dtype: Of the loaded weights.
         device: Where it computes.
+        whole: All of it on the device, or not at all: what is to have gradients is not spread.
         room: Bytes of weights that may lie on a GPU; None is most of what is free there.
 
     Raises:
@@ -121,7 +130,7 @@ def load_model(
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    spread = _spread(path, dtype, torch.device(device), room)
+    spread = {} if whole else _spread(path, dtype, torch.device(device), room)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread
@@ -148,7 +157,7 @@ def _spread(path: Path, dtype: str | torch.dtype, device: torch.device, room: in
     width = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     tensors = [tensor for file in weight_files(path) for tensor in read_header(file).values()]
     needed = sum(math.prod(tensor.shape) * width for tensor in tensors)
-    room = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if room is None else room
+    room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if room is None else room
     if needed <= room:
         return {}
     return {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": psutil.virtual_memory().available}}

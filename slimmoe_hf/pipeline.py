@@ -7,6 +7,7 @@ of threads).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,21 +24,28 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
 from slimmoe_hf.evaluation import evaluate_checkpoint
+from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
 from slimmoe_hf.loading import load_model, weights_sha256
+from slimmoe_hf.outlook import MACHINES, check_room, outlook, shown_steps, this_machine
 from slimmoe_hf.plan import CompressionPlan, make_plan
-from slimmoe_hf.preflight import Inputs, check, device, plan_of_work, stage_arguments
+from slimmoe_hf.preflight import Inputs, check, device, free_disk, is_remote, outline, read_text, stage_arguments
 from slimmoe_hf.progress import TrainingProgress
-from slimmoe_hf.recipe import Recipe, Stage, load_recipe
+from slimmoe_hf.recipe import Recipe, Stage, load_recipe, memory_bytes
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme, shown
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
 from slimmoe_hf.serving import add_biases, write_serving_config
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.teacher import offloaded
 from slimmoe_hf.trainer import DistillationTrainer
 
 
 def run_recipe(
-    recipe: str | Path | Recipe, output: str | Path | None = None, overwrite: bool = False, dry_run: bool = False
+    recipe: str | Path | Recipe,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    machine: str | None = None,
 ) -> Report | None:
     """Run a recipe from its first unfinished step to its report.
 
@@ -45,7 +53,8 @@ def run_recipe(
         recipe: A YAML file, or a `Recipe`.
         output: The run's folder; wins over the recipe's `output`.
         overwrite: Start over in a folder that holds a run.
-        dry_run: Check everything, show the plan of work, write nothing.
+        dry_run: Check everything, show the plan of work, write nothing. What is on the Hub is not downloaded for it.
+        machine: With `dry_run`, a name in `slimmoe_hf.outlook.MACHINES` to plan for; None is this machine.
 
     Returns:
         The report, as in `report.json`; None after a dry run.
@@ -63,12 +72,29 @@ def run_recipe(
         if run.state == "finished":
             get_console().log(f"{folder}: this run is finished; nothing to do", markup=False)
             return Report.load(folder / REPORT)
-        inputs = check(recipe, folder)
-        get_console().print(plan_of_work(recipe, inputs), highlight=False, soft_wrap=True)
-        if dry_run:
+        inputs = _look_ahead(recipe, folder, dry_run, machine)
+        if inputs is None:
             return None
         run.begin(recipe, inputs.hashes, torch.get_num_threads())
         return _Pipeline(recipe, inputs, run).run()
+
+
+def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None) -> Inputs | None:
+    """Check everything and show the plan of work. Returns None after a dry run."""
+    if machine is not None and (not dry_run or machine not in MACHINES):
+        raise ValueError(
+            f"--machine {machine}: with --dry-run, one of {', '.join(MACHINES)}; without it, this one is used."
+        )
+    found, here = outline(recipe), MACHINES[machine] if machine is not None else this_machine()
+    remote = [name for name in (recipe.model, recipe.teacher, recipe.data.source) if name and is_remote(name)]
+    text = None if dry_run and recipe.data.source in remote else read_text(recipe, found.tokenizer)
+    steps = outlook(recipe, found, here, text)
+    check_room(steps, here, free_disk(folder) if machine is None else None)
+    inputs = None if text is None or (dry_run and remote) else check(recipe, found, text)
+    get_console().print(shown_steps(steps, here))
+    if inputs is None:
+        get_console().print(f"Not looked at, because it is on the Hub: {', '.join(remote)}", highlight=False)
+    return None if dry_run else inputs
 
 
 def distil(
@@ -79,8 +105,12 @@ def distil(
     train: Dataset,
     validation: Dataset | None,
     label: str,
+    dtype: str = "float32",
+    teacher_memory: str | None = None,
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Train a student in float32 (mixed where the arguments say so), from its last complete checkpoint if it has one.
+    """Train a student (mixed where the arguments say so), from its last complete checkpoint if it has one.
+
+    Every process of a distributed run calls this.
 
     Args:
         student: Folder of its starting weights.
@@ -89,12 +119,18 @@ def distil(
         tokenizer: Of both.
         train: Tokenised rows. validation: Likewise; looked at as `eval_strategy` says.
         label: What progress is shown under.
+        dtype: What the student's weights are held in.
+        teacher_memory: As in a recipe.
 
     Returns:
-        `(model, log history)`.
+        `(model, log history)`; the model is whole in the first process, in others it may be a share.
     """
     set_seed(arguments.seed)
-    model = load_model(student)
+    loading = offloaded(memory_bytes(teacher_memory), arguments.device) if teacher_memory is not None else {}
+    if arguments.device.type == "cpu":
+        loading["dtype"] = dtype  # elsewhere the checkpoint's own
+    arguments.teacher_model_init_kwargs = loading or None
+    model = load_model(student, dtype)
     use_cache = model.config.use_cache
     progress = TrainingProgress(label)
     trainer = DistillationTrainer(
@@ -108,15 +144,27 @@ def distil(
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete_checkpoint(str(arguments.output_dir))
-    if checkpoint is not None:
+    if checkpoint is not None and trainer.is_world_process_zero():
         get_console().log(f"{label}: continues from {checkpoint.name}")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.stop()
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _gathered(trainer, student, dtype)
     model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
     return model, trainer.state.log_history
+
+
+def _gathered(trainer: DistillationTrainer, student: Path, dtype: str) -> PreTrainedModel:
+    """The trained model; one that is spread over processes in one piece, in the first of them."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.is_world_process_zero():
+            model = load_model(student, dtype)
+            model.load_state_dict(weights, assign=True)
+            model.tie_weights()
+    return model
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
@@ -172,9 +220,10 @@ class _Pipeline:
         calibration = stage.calibration
         rows = take_rows(self.inputs.calibration, calibration.tokens)
         asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
-        teacher = load_model(self.inputs.teacher, device=device()) if asked else None
+        where = torch.device("cpu") if calibration.device == "cpu" else device()
+        teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
         stats = collect_stats(
-            load_model(source, device=device()),
+            load_model(source, calibration.dtype, where, whole=True),
             batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0),
             loss=calibration.loss,
             teacher=teacher,
@@ -195,13 +244,30 @@ class _Pipeline:
         return {}
 
     def _distil(self, number: int, folder: Path) -> Result:
+        if self.recipe.accelerate is not None:
+            return {"history": self._launched(self.recipe.accelerate, number, folder / FOLDER)}
         arguments = stage_arguments(self.recipe, number - 1, folder / "checkpoints")
         model, history = distil(
             folder / "slimmed", self.inputs.teacher, arguments, self.inputs.tokenizer,
             self.inputs.train, self.inputs.validation, folder.name,
+            self.recipe.stages[number - 1].training_dtype, self.recipe.teacher_memory,
         )  # fmt: skip
         self._save(model, folder / "model")
         return {"history": history}
+
+    def _launched(self, config: str, number: int, folder: Path) -> list[dict[str, float]]:
+        """Train a stage in processes of their own, which save its model; its log history."""
+        rows = {"train": self.inputs.train, "validation": self.inputs.validation}
+        hashes = {name: self.inputs.hashes[f"{name} data"] for name in rows}
+        Handover(
+            tokenizer=self.inputs.model, teacher=self.inputs.teacher, dtype=self.inputs.dtype,
+            processes=processes_of(self.recipe), rows=hashes,
+        ).write(folder, rows)  # fmt: skip
+        torch.cuda.empty_cache()  # the processes share the GPU with this one, which keeps what it once had
+        launch(config, self.folder, number)
+        history = json.loads((folder / HISTORY).read_text())
+        shutil.rmtree(folder)
+        return list(history)
 
     def _save(self, model: PreTrainedModel, path: Path) -> None:
         with replacing(path, overwrite=True) as partial:

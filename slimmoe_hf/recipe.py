@@ -40,7 +40,9 @@ _ELSEWHERE = {
     "packing": "it is `data.packing`",
     "dataset_kwargs": "the data is tokenised before the trainer sees it",
     "model_init_kwargs": "the student is the stage's slimmed model",
-    "teacher_model_init_kwargs": "the teacher is the recipe's `teacher`",
+    "teacher_model_init_kwargs": "the teacher is the recipe's `teacher`, and `teacher_memory` says where it is",
+    "fsdp": "the config that `accelerate` names says it",
+    "fsdp_config": "the config that `accelerate` names says it",
     "push_to_hub": "publish the finished folder instead",
 }
 
@@ -76,11 +78,16 @@ class Calibration(_Strict):
         tokens: Tokens of text that are swept. They are set aside from training, once for the whole run.
         loss: What is differentiated: `kd_topk` (against the original model, as in the paper) or `lm`.
         batch_size: Rows at a time; the scores do not depend on it.
+        dtype: What is computed in. `float32` resolves the small gradients of the top-8 loss; `bfloat16` takes half the
+            memory.
+        device: `auto` is the first GPU where there is one; `cpu` for a model that is larger than the GPU.
     """
 
     tokens: Count = 131072
     loss: Literal["kd_topk", "lm"] = "kd_topk"
     batch_size: Count = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu"] = "auto"
 
 
 class Stage(_Strict):
@@ -91,12 +98,16 @@ class Stage(_Strict):
         criterion: Which scores decide; see `slimmoe_hf.criteria.CRITERIA`.
         calibration: How they are taken.
         distillation: Arguments of `DistillationConfig`, the stage's own learning-rate schedule among them.
+        training_dtype: What the student's weights are held in while it trains. `bfloat16` takes half the memory (and
+            with `optim: adafactor` 4 bytes per parameter), but steps smaller than its 8 bits are lost. FSDP2 with mixed
+            precision trains in float32 shares whatever this says.
     """
 
     target: Target
     criterion: str = "taylor"
     calibration: Calibration = Calibration()
     distillation: dict[str, Any] = {}
+    training_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("distillation")
     @classmethod
@@ -149,7 +160,13 @@ class Recipe(_Strict):
         stages: At least one, each not wider than the one before.
         evaluation: What every model is measured on.
         seed: Every step starts from it.
-        dtype: What checkpoints are saved in; None is the model's own. Training is in float32, or mixed with `bf16: true`.
+        dtype: What models are saved in; None is the model's own. Training is in a stage's `training_dtype`, mixed where
+            its `distillation` says `bf16: true`.
+        teacher_memory: How much device memory the teacher's weights may take while a stage trains ("12GB", "12GiB"):
+            the others wait in host memory and come over at every forward. None is the whole teacher on the device. On a
+            machine without a GPU it has no effect.
+        accelerate: Path of an `accelerate` config (YAML): every stage trains in the processes that it asks for. Batch
+            sizes are per process. None is this process.
         threads: CPU threads; None leaves them alone. Runs are bit-identical on the same number only.
         output: The run's folder; `--output` wins over it.
     """
@@ -163,8 +180,17 @@ class Recipe(_Strict):
     evaluation: Evaluation = Evaluation()
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    teacher_memory: str | None = None
+    accelerate: str | None = None
     threads: Count | None = None
     output: str | None = None
+
+    @field_validator("teacher_memory")
+    @classmethod
+    def _a_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            memory_bytes(text)
+        return text
 
     def differences(self, other: Recipe) -> list[str]:
         """Dotted paths of the values that differ, `output` aside: where a run is stored is not what it is."""
@@ -191,7 +217,10 @@ def load_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe. Give the path of a YAML file; examples/quickstart.yaml is one.")
     recipe = parse_recipe(read_yaml(path), str(path))
-    found = {name: _find(value, path.parent) for name in ("model", "teacher") if (value := getattr(recipe, name))}
+    local = ("model", "teacher", "accelerate")
+    found = {name: _find(value, path.parent) for name in local if (value := getattr(recipe, name))}
+    if recipe.accelerate is not None and not Path(found["accelerate"]).is_file():
+        raise ValueError(f"{path}: accelerate: {recipe.accelerate}: no such file. `accelerate config` writes one.")
     data = recipe.data.model_copy(update={"source": _find(recipe.data.source, path.parent)})
     return recipe.model_copy(update={**found, "data": data})
 
@@ -228,6 +257,23 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())[:100]}).") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start}).") from None
+
+
+def memory_bytes(text: str) -> int:
+    """An amount of memory in bytes.
+
+    Args:
+        text: As in `12GB` (10^9), `12GiB` (2^30), `800MB` or `800MiB`.
+
+    Raises:
+        ValueError: It is not written so, or nothing.
+    """
+    units = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text.strip(), flags=re.IGNORECASE)
+    amount = int(float(match[1]) * units[match[2].upper()]) if match else 0
+    if not amount:
+        raise ValueError(f"expected an amount of memory such as 12GB or 12GiB, found {text!r}")
+    return amount
 
 
 def suggestion(key: str, known: Collection[str]) -> str:

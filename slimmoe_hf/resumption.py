@@ -12,10 +12,14 @@ import functools
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, set_seed
@@ -176,12 +180,60 @@ def _rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def states_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Have `load_state_dict` keep the dtype of every state within the block.
+
+    torch casts states to the dtype of their weights: the float32 averages that Adafactor keeps of bfloat16 weights
+    would come back rounded, and the resumed run would be another one.
+
+    Args:
+        optimizer: It may load its state once within the block.
+    """
+    saved: dict[str, Any] = {}
+
+    def remember(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        saved.update(state_dict)
+
+    def put_back(optimizer: torch.optim.Optimizer) -> None:
+        names = [name for group in saved["param_groups"] for name in group["params"]]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for name, weight in zip(names, weights, strict=True):
+            loaded = optimizer.state.get(weight, {})
+            for key, state in loaded.items():
+                before = saved["state"][name][key]
+                if isinstance(state, Tensor) and before.is_floating_point() and state.dtype != before.dtype:
+                    loaded[key] = before.to(state.device)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(remember),
+        optimizer.register_load_state_dict_post_hook(put_back),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _require_same_sharding(folder: Path, fsdp: bool) -> None:
+    """Under FSDP weights and optimizer have files of their own; the Trainer passes over missing ones in silence."""
+    written_so = any(path.name.startswith(FSDP_MODEL_NAME) for path in folder.iterdir())
+    if written_so != fsdp:
+        was, is_ = ("under", "is not") if written_so else ("without", "is")
+        raise ValueError(
+            f"{folder} cannot be resumed from: it was written {was} FSDP, and this run {is_} under FSDP. Continue as it "
+            "began, or start over in another output_dir."
+        )
+
+
 class ResumableTrainer(Trainer):
     """A `Trainer` whose interrupted run ends with the same weights as one left alone (same machine, same threads).
 
     Checkpoints carry a mark that is written last; `train(resume_from_checkpoint=True)` takes the last complete one,
-    and a named one must be complete. Every weight comes back, on resume and with `load_best_model_at_end`. PEFT
-    adapters, FSDP and DeepSpeed load their weights the stock way.
+    and a named one must be complete. Every weight comes back, on resume and with `load_best_model_at_end`; so does the
+    optimizer's state, in the dtype that it had. PEFT adapters, FSDP and DeepSpeed load their weights the stock way,
+    which under FSDP is strict; there a checkpoint must have been written under FSDP too, and elsewhere without.
     """
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -227,11 +279,20 @@ class ResumableTrainer(Trainer):
             _rotate(output_dir, limit, {folder.resolve()} | ({Path(best).resolve()} if best else set()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _require_same_sharding(Path(resume_from_checkpoint), self.is_fsdp_enabled)
         target = self._model_to_fill(model)
         if target is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(target, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not isinstance(self.optimizer, torch.optim.Optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        with states_as_saved(inner):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         target = self._model_to_fill(None)

@@ -11,7 +11,6 @@ from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
 
 
-
 class LocalSource:
     """The folder of a checkpoint.
 

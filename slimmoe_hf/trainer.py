@@ -125,7 +125,7 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
             raise ValueError("context and sequence parallelism are not supported: the teacher needs whole sequences.")
         # Whatever the model's own loss is, ours predicts the next token and needs the number of predictions.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self.teacher.to(self.accelerator.device)
+        self.teacher.place(self.accelerator)
         _silence_input_jitter(self._student())
         # `compute_loss` asks for router logits itself; the config would carry the wish into the published model.
         routing = {key: value for key, value in self._own_config.items() if key != "use_cache"}

@@ -14,7 +14,10 @@ LEAVES = {
 }  # fmt: skip
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
 DISTILLING = {"teacher", "arguments", "trainer"}
-JOINTS = {"callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands"}
+JOINTS = {
+    "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
+    "stage", "memory", "tracing", "sizing", "size_command",
+}  # fmt: skip
 
 
 def imports_of(module: str) -> set[str]:

@@ -272,7 +272,7 @@ def test_a_damaged_source_is_named_and_nothing_is_written(source: Path, plan, tm
     spoil(source)
     with pytest.raises(ValueError, match=message):
         slim_checkpoint(source, plan, tmp_path / "slimmed")
-    assert not (tmp_path / "slimmed").exists()
+    assert not [entry.name for entry in tmp_path.iterdir() if "slimmed" in entry.name]
 
 
 def test_a_plan_made_for_other_weights_is_refused_unless_told_so(source: Path, tmp_path: Path):

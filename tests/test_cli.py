@@ -23,6 +23,7 @@ from tiny import save_tiny
 from slimmoe_hf import cli, commands, pipeline
 from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
+from slimmoe_hf.outlook import MACHINES
 
 COMMANDS = ("env", "score", "plan", "slim", "distill", "run", "eval")
 DATA = ("--max-length", "64")
@@ -67,7 +68,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 
 def test_the_commands_are_those_that_are_listed_and_the_criteria_those_that_exist():
     assert set(commands.COMMANDS) == set(COMMANDS)
-    assert ", ".join(CRITERIA) == cli._CRITERIA
+    assert ", ".join(CRITERIA) == cli._CRITERIA and ", ".join(MACHINES) == cli._MACHINES
 
 
 def test_flags_are_a_visible_decision():
@@ -93,7 +94,7 @@ def test_flags_are_a_visible_decision():
             "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps", "--beta", "--temperature",
             "--loss-top-k", "--distillation-weight", "--crossentropy-weight",
         },
-        "run": common | output | {"--dry-run"},
+        "run": common | output | {"--dry-run", "--machine"},
         "eval": common | data | teacher | {"--config", "--batch-size", "--json"},
     }  # fmt: skip
 

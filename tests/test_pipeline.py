@@ -27,8 +27,8 @@ from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target
-from slimmoe_hf.preflight import check
-from slimmoe_hf.recipe import load_recipe
+from slimmoe_hf.preflight import Inputs, check, outline, read_text
+from slimmoe_hf.recipe import Recipe, load_recipe
 from slimmoe_hf.report import Report
 from slimmoe_hf.stats import ExpertStats
 
@@ -123,10 +123,15 @@ def test_every_stage_scored_its_own_student_and_learned_from_the_original(home: 
     assert stats.meta.loss == "kd_topk" and stats.meta.teacher_sha256 == values(home / "teacher")
 
 
+def inputs_of(recipe: Recipe) -> Inputs:
+    found = outline(recipe)
+    return check(recipe, found, read_text(recipe, found.tokenizer))
+
+
 def test_calibration_training_validation_and_test_text_never_overlap(home: Path):
     """Promise 8, on what the run really reads: no row of one set is a row of another, nor is any document."""
     recipe = load_recipe(home / "recipe.yaml")
-    inputs = check(recipe, home / "unused")
+    inputs = inputs_of(recipe)
     rows = {
         name: {tuple(row) for row in getattr(inputs, name)["input_ids"]}
         for name in ("calibration", "train", "validation")
@@ -243,7 +248,7 @@ def test_a_dry_run_shows_the_work_and_writes_nothing(home: Path, tmp_path: Path,
     assert run_recipe(home / "recipe.yaml", tmp_path / "run", dry_run=True) is None
     assert not list(tmp_path.iterdir())
     shown = capsys.readouterr().out
-    assert "expert_width=16" in shown and "1,536" in shown  # 6 steps of 4 rows of 64 tokens
+    assert "expert_width=16" in shown and "1,536 tokens" in shown  # 6 steps of 4 rows of 64 tokens
 
 
 def _with(home: Path, folder: Path, **changes: Any) -> Path:
@@ -300,7 +305,7 @@ def test_changed_text_is_noticed(home: Path, tmp_path: Path):
 def test_the_callback_and_the_pipeline_cut_alike(home: Path, report: Report, tmp_path: Path):
     """Same model, text, target and criterion: same plan, same starting weights."""
     recipe = load_recipe(home / "recipe.yaml")
-    inputs = check(recipe, home / "unused")
+    inputs = inputs_of(recipe)
     rows = take_rows(inputs.calibration, recipe.stages[0].calibration.tokens)
     trainer = Trainer(
         model=load_model(home / "teacher"),
@@ -319,7 +324,7 @@ def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
     values = tiny_recipe(home)
     values["stages"] = values["stages"][:1]
     recipe = write_recipe(tmp_path, {**values, "data": {**values["data"], "packing": False, "max_length": 512}})
-    inputs = check(load_recipe(recipe), tmp_path / "unused")
+    inputs = inputs_of(load_recipe(recipe))
     assert len({len(row) for row in inputs.train["input_ids"]}) > 1
     found = run_recipe(recipe, tmp_path / "run")
     assert found is not None and found.models[-1].loss < found.models[1].loss + 0.5

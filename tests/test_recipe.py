@@ -10,7 +10,7 @@ import yaml
 from recipes import write_recipe
 
 from slimmoe_hf.plan import Target
-from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe, suggestion
+from slimmoe_hf.recipe import Recipe, load_recipe, memory_bytes, parse_recipe, suggestion
 
 
 def minimal(**changes: Any) -> dict[str, Any]:
@@ -35,8 +35,14 @@ def test_defaults_are_spelt_out_and_read_back_equal():
         (minimal(stages=[{"target": {}, "calibration": {"token": 9}}]), "calibration.token: unknown key; did you mean tokens?"),
         (minimal(stages=[{"target": {}, "distillation": {"learning_rat": 1}}]), "did you mean learning_rate?"),
         (minimal(stages=[{"target": {}, "distillation": {"output_dir": "x"}}]), "output_dir cannot be set here: the run's"),
+        (minimal(stages=[{"target": {}, "distillation": {"fsdp": True}}]), "fsdp cannot be set here: the config that"),
         (minimal(stages=[{"target": {}, "criterion": "tailor"}]), "did you mean taylor?"),
         (minimal(stages=[]), "stages: list should have at least 1 item"),
+        (minimal(teacher_memory="a lot"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found 'a lot'"),
+        (minimal(teacher_memory="0GB"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found '0GB'"),
+        (minimal(teacher_memory=12), "teacher_memory: input should be a valid string"),
+        (minimal(stages=[{"target": {}, "training_dtype": "float16"}]), "training_dtype: input should be 'float32'"),
+        (minimal(stages=[{"target": {}, "training_dtyp": "x"}]), "did you mean training_dtype?"),
         (minimal(seed="0"), "seed: input should be a valid integer"),
         (minimal(stages=[{"target": {"expert_width": 64.5}}]), "stages.0.target.expert_width: input should be a valid integer"),
         ({"data": {"source": "sotu"}, "stages": [{"target": {}}]}, "r.yaml: model: is missing."),
@@ -85,6 +91,24 @@ def test_relative_paths_are_the_current_folders_then_the_recipes(tmp_path: Path,
     recipe = load_recipe(write_recipe(beside, minimal(model="model", teacher="teacher")))
     assert recipe.model == str(here / "model") and recipe.teacher == str(beside / "teacher")
     assert recipe.data.source == "sotu"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("12GB", 12 * 10**9), ("12GiB", 12 * 2**30), ("1.5 GB", 1_500_000_000), ("800mb", 8 * 10**8), (" 1MiB ", 2**20)],
+)
+def test_amounts_of_memory(written: str, meant: int):
+    assert memory_bytes(written) == meant
+    assert parse_recipe(minimal(teacher_memory=written), "r").teacher_memory == written
+
+
+def test_the_config_of_accelerate_is_looked_up_as_the_models_are(tmp_path: Path):
+    (tmp_path / "gpus.yaml").write_text("distributed_type: MULTI_GPU")
+    recipe = load_recipe(write_recipe(tmp_path, minimal(accelerate="gpus.yaml")))
+    assert recipe.accelerate == str(tmp_path / "gpus.yaml")
+    assert load_recipe(write_recipe(tmp_path, minimal())).accelerate is None
+    with pytest.raises(ValueError, match=r"recipe.yaml: accelerate: cpus.yaml: no such file"):
+        load_recipe(write_recipe(tmp_path, minimal(accelerate="cpus.yaml")))
 
 
 def test_differences_name_what_changed_and_leave_the_output_aside():

@@ -186,6 +186,39 @@ def test_killed_run_ends_with_the_weights_of_one_left_alone(family: str, step: i
     assert_same_weights(trainer.model.state_dict(), uninterrupted(family, tmp_path / "whole"))
 
 
+# What fits a large student on one GPU; Adafactor's averages are float32 also where the weights are not.
+IN_BFLOAT16: dict[str, dict[str, Any]] = {
+    "adafactor": {"optim": "adafactor"},
+    "adafactor, autocast": {"optim": "adafactor", "bf16": True},
+    "adamw": {"bf16": True},
+}
+
+
+def run_in_bfloat16(folder: Path, case: str, **arguments: Any) -> DistillationTrainer:
+    student = tiny_model("phimoe").to(torch.bfloat16)
+    return run(folder, "phimoe", student=student, learning_rate=1e-2, **IN_BFLOAT16[case], **arguments)
+
+
+def killed_in_bfloat16(folder: Path, case: str) -> None:
+    run_in_bfloat16(folder, case, callbacks=[KillAfter(5)]).train()
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_killed_run_of_bfloat16_weights_ends_with_those_of_one_left_alone(case: str, tmp_path: Path) -> None:
+    """torch's `load_state_dict` would round Adafactor's averages to the dtype of the weights."""
+    assert in_child(killed_in_bfloat16, tmp_path / "killed", case) == -signal.SIGKILL
+    resumed, whole = (run_in_bfloat16(tmp_path / name, case) for name in ("killed", "whole"))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert {weight.dtype for weight in resumed.model.parameters()} == {torch.bfloat16}
+    assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (resumed, whole)]
+    for name, state in states[1].items():
+        for key, value in state.items():
+            loaded = states[0][name][key]
+            assert not isinstance(value, Tensor) or (loaded.dtype == value.dtype and torch.equal(loaded, value)), key
+
+
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_torn_checkpoint_is_passed_over(method: str, tmp_path: Path) -> None:
     assert in_child(killed_while_saving, tmp_path, "phimoe", 4, method) == -signal.SIGKILL
@@ -269,6 +302,14 @@ def test_checkpoint_saved_without_optimizer_is_refused(tmp_path: Path) -> None:
     run(tmp_path, "mixtral", max_steps=2, save_only_model=True).train()
     with pytest.raises(ValueError, match="it holds no optimizer state"):
         require_complete(tmp_path / "checkpoint-2")
+
+
+def test_checkpoint_of_fsdp_is_refused_elsewhere(tmp_path: Path) -> None:
+    """Its optimizer lies under another name, and the stock Trainer would start a fresh one in silence."""
+    run(tmp_path, "mixtral", max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "pytorch_model_fsdp.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="it was written under FSDP, and this run is not under FSDP"):
+        run(tmp_path, "mixtral", max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_changed_width_is_an_error(tmp_path: Path) -> None:

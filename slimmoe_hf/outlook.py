@@ -1,0 +1,326 @@
+"""What a run is going to do and what every step of it takes: memory, disk and time, before the first of them begins.
+
+Memory is `slimmoe_hf.memory`'s estimate. Time is arithmetic over speed: the floating-point operations of the active
+parameters (2 per token forward, 4 backward, 2 more where activations are computed again) and the bytes that move, over
+what the machine does. On this machine the speed is measured on one matrix product; of others it is the data sheet's.
+Of both, `EFFICIENCY` is assumed: time is a guess to plan by, not a promise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich.table import Table
+from transformers import PreTrainedConfig
+from transformers.training_args import OptimizerNames
+
+from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.launch import is_sharded, processes_of
+from slimmoe_hf.loading import DEVICE_SHARE
+from slimmoe_hf.losses import DistillationLoss
+from slimmoe_hf.memory import Memory, Optimizer, inference_memory, scoring_memory, training_memory
+from slimmoe_hf.preflight import Outline, Text, device, teacher_dtype, training_tokens
+from slimmoe_hf.recipe import Recipe, Stage, memory_bytes
+from slimmoe_hf.sizing import GIB, RESERVE_BYTES, RESERVE_SHARE, Counts, parameter_counts
+
+EFFICIENCY = 0.25
+"""Share of a large matrix product's speed that a mixture of experts gets in training. Assumed."""
+_READ, _WRITE = 1.5e9, 0.5e9  # bytes per second of a disk; assumed
+_SHARDED = ("weights", "gradients", "optimizer", "teacher")  # what FSDP2 spreads over its processes
+_GENEROUS = 0.85  # a run is refused only when this share of the estimate does not fit
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would be done.
+
+    Attributes:
+        name: For people.
+        memory: Bytes on the device that computes. host: Bytes of the computer's own; None on a CPU, where it is the same.
+        flops: Operations per second of a large matrix product, in the dtype of training.
+        host_flops: Those of its CPU.
+        transfer: Bytes per second from host to device.
+    """
+
+    name: str
+    memory: int
+    host: int | None
+    flops: float
+    host_flops: float
+    transfer: float = 12e9
+
+
+def _gpu(name: str, gib: int, flops: float) -> Machine:
+    usable = int(gib * GIB * (1 - RESERVE_SHARE) - RESERVE_BYTES)
+    return Machine(f"{name} with a host of 240 GB", usable, 240 * 10**9, flops, 1e12)
+
+
+MACHINES = {
+    # Dense bfloat16, from the makers' data sheets; the host (240 GB, 1 TFLOP/s) is assumed.
+    "A100-80GB": _gpu("one A100-80GB", 80, 312e12),
+    "H100-80GB": _gpu("one H100-80GB", 80, 989e12),
+    "A6000-48GB": _gpu("one RTX A6000 48GB", 48, 155e12),
+    "4090-24GB": _gpu("one RTX 4090 24GB", 24, 165e12),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+        name: Which. what: It does.
+        memory: Bytes on the device. host: Bytes of the computer's memory (on a CPU, `memory` is that).
+        disk: Bytes that it leaves. seconds: How long it may take.
+        key: The setting of the recipe that its memory hangs on.
+    """
+
+    name: str
+    what: str
+    memory: int
+    host: int
+    disk: int
+    seconds: float
+    key: str = ""
+
+
+def this_machine() -> Machine:
+    """This machine, its speed measured."""
+    place = device()
+    host = psutil.virtual_memory()
+    on_host = _measured_flops(torch.device("cpu"), torch.float32)
+    if place.type == "cpu":
+        return Machine(f"this machine's CPU, {torch.get_num_threads()} threads", host.available, None, on_host, on_host)
+    name = torch.cuda.get_device_name(place)
+    free = torch.cuda.mem_get_info(place)[0]
+    return Machine(name, free, host.available, _measured_flops(place, torch.bfloat16), on_host)
+
+
+def _measured_flops(place: torch.device, dtype: torch.dtype) -> float:
+    size = 1024 if place.type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=place, dtype=dtype)
+    matrix @ matrix
+    repeats, started = 4, time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    product[0, 0].item()  # waits for the device
+    return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+
+def outlook(recipe: Recipe, outline: Outline, machine: Machine, text: Text | None = None) -> list[Step]:
+    """Every step of a run, in order.
+
+    Args:
+        recipe: The run.
+        outline: Its configs and arguments.
+        machine: Where it would be done.
+        text: Its rows are counted; None where it has not been read.
+    """
+    return _Outlook(recipe, outline, machine, text).steps()
+
+
+class _Outlook:
+    """The steps of one run on one machine."""
+
+    def __init__(self, recipe: Recipe, outline: Outline, machine: Machine, text: Text | None) -> None:
+        self.recipe, self.outline, self.machine = recipe, outline, machine
+        self.rows = len(text.train) if text is not None else 0
+        self.test_tokens = text.test.tokens if text is not None else recipe.evaluation.tokens or 0
+        self.on_cpu = machine.host is None
+        self.dtype = getattr(torch, outline.dtype)
+        self.computing = torch.float32 if self.on_cpu else self.dtype
+
+    def steps(self) -> list[Step]:
+        """All of them."""
+        outline = self.outline
+        found = []
+        if outline.download:
+            seconds = outline.download / 1e8
+            found.append(
+                Step(
+                    "fetch",
+                    f"{outline.download / 1e9:.1f} GB from the Hub, at 100 MB/s",
+                    0,
+                    0,
+                    outline.download,
+                    seconds,
+                )
+            )
+        found.append(self._evaluate("teacher/evaluate", outline.teacher_config))
+        config = outline.config
+        for number, (stage, after) in enumerate(zip(self.recipe.stages, outline.after, strict=True), 1):
+            arguments = outline.arguments[number - 1]
+            found.append(self._score(number, stage, config))
+            found.append(self._slim(number, stage, config, after))
+            found.append(self._evaluate(f"stage-{number}/slimmed/evaluate", after))
+            found.append(self._distil(number, stage, after, arguments))
+            found.append(self._evaluate(f"stage-{number}/distilled/evaluate", after))
+            config = after
+        size = parameter_counts(config).bytes(self.dtype)
+        found.append(Step("publish", "copy the last stage's model", 0, 0, size, size / _WRITE))
+        return found
+
+    def _seconds(self, operations: float, on_host: bool = False) -> float:
+        return operations / ((self.machine.host_flops if on_host else self.machine.flops) * EFFICIENCY)
+
+    def _held(self, memory: Memory, on_host: bool) -> tuple[int, int]:
+        """Bytes on the device and on the host."""
+        return (0, memory.total) if on_host and not self.on_cpu else (memory.total, memory.host)
+
+    def _score(self, number: int, stage: Stage, config: PreTrainedConfig) -> Step:
+        calibration, length = stage.calibration, self.recipe.data.max_length
+        dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
+        memory = scoring_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
+        device_bytes, host_bytes = self._held(memory, on_host)
+        operations = 4 * _active(config) * calibration.tokens
+        separate = calibration.loss == "kd_topk" and (number > 1 or self.recipe.teacher is not None)
+        if separate:
+            weights = parameter_counts(self.outline.teacher_config).bytes(dtype)
+            device_bytes, host_bytes = (
+                (device_bytes, host_bytes + weights) if on_host else (device_bytes + weights, host_bytes)
+            )
+            operations += 2 * _active(self.outline.teacher_config) * calibration.tokens
+        what = f"{calibration.tokens:,} tokens, {stage.criterion}, {calibration.loss}, {calibration.dtype}"
+        where = " on the host's CPU" if on_host and not self.on_cpu else ""
+        sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
+        seconds = self._seconds(operations, on_host)
+        key = f"stages.{number - 1}.calibration"
+        return Step(f"stage-{number}/score", what + where, device_bytes, host_bytes, sums, seconds, key)
+
+    def _slim(self, number: int, stage: Stage, before: PreTrainedConfig, after: PreTrainedConfig) -> Step:
+        read, written = parameter_counts(before).bytes(self.dtype), parameter_counts(after)
+        size = written.bytes(self.dtype)
+        what = f"{stage.target}: {written.total:,} parameters, {written.active:,} active"
+        return Step(f"stage-{number}/slim", what, 0, 10**9, size, max(read / _READ, 0) + size / _WRITE)
+
+    def _evaluate(self, name: str, config: PreTrainedConfig) -> Step:
+        evaluation = self.recipe.evaluation
+        rows, length = evaluation.batch_size, evaluation.max_length or self.recipe.data.max_length
+        memory = inference_memory(config, batch=rows, length=length, dtype=self.computing)
+        # `measure_loss` keeps all logits of a batch, and one row of them in float32.
+        logits = (rows * self.computing.itemsize + 4) * length * self.outline.config.vocab_size
+        weights, room = memory.parts["weights"], int(self.machine.memory * DEVICE_SHARE)
+        waiting = 0 if self.on_cpu else max(weights - room, 0)  # as `load_model` spreads it
+        what = f"loss on {self.test_tokens:,} tokens" if self.test_tokens else "loss on the whole split"
+        what += f"; {waiting / 1e9:.0f} GB of weights wait on the host" if waiting else ""
+        passes = -(-self.test_tokens // (rows * length))
+        seconds = self._seconds(2 * _active(config) * self.test_tokens) + passes * waiting / self.machine.transfer
+        return Step(name, what, memory.total + logits - waiting, waiting, 0, seconds, "evaluation.batch_size")
+
+    def _distil(self, number: int, stage: Stage, student: PreTrainedConfig, arguments: DistillationConfig) -> Step:
+        teacher, length, rows = self.outline.teacher_config, self.recipe.data.max_length, arguments.train_batch_size
+        processes = processes_of(self.recipe)
+        memory = self._training_memory(stage, student, arguments)
+        parts = dict(memory.parts)
+        if processes > 1 and is_sharded(self.recipe):
+            parts |= {name: parts[name] // processes for name in _SHARDED if name in parts}
+        resident = waiting = 0
+        if memory.host and self.recipe.teacher_memory is not None:
+            resident = min(memory_bytes(self.recipe.teacher_memory), memory.host)
+            waiting = memory.host - resident
+        tokens = training_tokens(arguments, self.rows, processes)
+        per_token = (8 if arguments.gradient_checkpointing else 6) * _active(student) + 2 * _active(teacher)
+        batches = tokens / (rows * length * processes)
+        seconds = self._seconds(per_token * tokens / processes) + batches * waiting / self.machine.transfer
+        what = f"{tokens:,} tokens, {OptimizerNames(arguments.optim).value}, {stage.training_dtype} weights"
+        what += f"; {waiting / 1e9:.0f} GB of the teacher wait on the host" if waiting else ""
+        what += f"; on each of {processes} processes" if processes > 1 else ""
+        kept = (arguments.save_total_limit or 1) * (arguments.save_strategy != "no")
+        checkpoint = memory.parts["weights"] + memory.parts["optimizer"]
+        disk = parameter_counts(student).bytes(self.dtype) + kept * checkpoint
+        key = f"stages.{number - 1}.distillation.per_device_train_batch_size"
+        return Step(f"stage-{number}/distil", what, sum(parts.values()) + resident, waiting, disk, seconds, key)
+
+    def _training_memory(self, stage: Stage, student: PreTrainedConfig, arguments: DistillationConfig) -> Memory:
+        """Of one process, before anything is sharded."""
+        offloaded = self.recipe.teacher_memory is not None and not self.on_cpu
+        return training_memory(
+            student, optimizer=optimizer_of(str(OptimizerNames(arguments.optim).value), stage.training_dtype),
+            weights_dtype=getattr(torch, stage.training_dtype), batch=arguments.train_batch_size,
+            length=self.recipe.data.max_length, gradient_checkpointing=arguments.gradient_checkpointing,
+            accumulate=arguments.gradient_accumulation_steps > 1, autocast=self._autocast(stage, arguments),
+            teacher="offloaded" if offloaded else "live", teacher_config=self.outline.teacher_config,
+            teacher_dtype=getattr(torch, teacher_dtype(stage, self.machine.host is None, self.outline.dtype)),
+            loss=DistillationLoss(arguments.beta, arguments.temperature, arguments.loss_top_k, arguments.loss_add_tail),
+            crossentropy=any(arguments.weights_at(at)[1] > 0 for at in (0.0, 1.0)),
+        )  # fmt: skip
+
+
+    def _autocast(self, stage: Stage, arguments: DistillationConfig) -> bool:
+        """Whether computing is in bfloat16 there; where the recipe does not say, `DistillationConfig` goes by the machine."""
+        if {"bf16", "fp16"} & stage.distillation.keys():
+            return bool(arguments.bf16)
+        return self.machine.host is not None
+
+
+def optimizer_of(name: str, dtype: str) -> Optimizer:
+    """Which of the optimizers that `slimmoe_hf.memory` knows is nearest, never above, what Trainer's `optim` needs."""
+    name = name.lower()
+    if "8bit" in name or "4bit" in name:
+        return "adamw_8bit"
+    if "adamw" in name:
+        return "adamw" if dtype == "float32" else "adamw_bf16"
+    return "adafactor"  # next to no state: a lower bound for any other
+
+
+def _active(config: PreTrainedConfig) -> int:
+    """Parameters that a token is multiplied with."""
+    counts: Counts = parameter_counts(config)
+    return counts.active_without_lookup
+
+
+def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -> None:
+    """Refuse a run that will not fit; an estimate that is a little over is given the benefit of the doubt.
+
+    Raises:
+        ValueError: What is short, by how much, in which step, and which setting to lower.
+    """
+    for step in steps:
+        for what, needed, free in (("memory", step.memory, machine.memory), ("host memory", step.host, machine.host)):
+            if free is not None and needed * _GENEROUS > free:
+                remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
+                if step.name.endswith("/score") and what == "memory" and machine.host is not None:
+                    remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16."
+                raise ValueError(
+                    f"{step.name} needs about {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free on {machine.name}. "
+                    f"{remedy}"
+                )
+    needed = sum(step.disk for step in steps)
+    if disk_free is not None and needed * _GENEROUS > disk_free:
+        raise ValueError(
+            f"the run writes about {needed / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free on the disk. Free some, or lower "
+            "save_total_limit."
+        )
+
+
+def shown_steps(steps: Sequence[Step], machine: Machine) -> Table:
+    """The steps as a table."""
+    table = Table(
+        "step", "what", "memory", "on disk", "time", title=f"Plan of work, on {machine.name}", title_justify="left"
+    )
+    for column in (2, 3, 4):
+        table.columns[column].justify = "right"
+    for step in steps:
+        memory = _size(step.memory) + (f" + {_size(step.host)} host" if step.host and machine.host is not None else "")
+        table.add_row(
+            step.name, step.what, memory if step.memory or step.host else "", _size(step.disk), _time(step.seconds)
+        )
+    most, host = max(step.memory for step in steps), max(step.host for step in steps)
+    peak = _size(most) + (f" + {_size(host)} host" if host and machine.host is not None else "")
+    table.add_section()
+    table.add_row("in all", "", peak, _size(sum(s.disk for s in steps)), _time(sum(s.seconds for s in steps)))
+    return table
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e8 else f"{size / 1e6:.0f} MB" if size else ""
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,129 @@
+"""What a dry run promises: sizes that are exact, rooms that are refused with the setting to change, times that add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import tiny_recipe
+from rich.console import Console
+from tiny import save_tiny, tiny_batch
+
+from slimmoe_hf.loading import load_model
+from slimmoe_hf.memory import training_memory
+from slimmoe_hf.outlook import MACHINES, Machine, Step, check_room, optimizer_of, outlook, shown_steps
+from slimmoe_hf.pipeline import run_recipe
+from slimmoe_hf.preflight import Outline, outline, read_text
+from slimmoe_hf.recipe import Recipe, parse_recipe
+
+CPU = Machine("a CPU", 10**9, None, 1e9, 1e9)
+GPU = Machine("a GPU", 10**9, 10**10, 1e12, 1e9)
+
+
+def planned(home: Path, machine: Machine, **stage: object) -> tuple[Recipe, Outline, list[Step]]:
+    values = tiny_recipe(home)
+    values["stages"][0] |= stage
+    recipe = parse_recipe(values, "recipe.yaml")
+    found = outline(recipe)
+    return recipe, found, outlook(recipe, found, machine, read_text(recipe, found.tokenizer))
+
+
+def test_every_step_of_a_run_is_announced_by_the_name_it_then_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe, _, steps = planned(tmp_path, CPU)
+    run_recipe(recipe, tmp_path / "run")
+    finished = [line.split(": done in")[0] for line in capsys.readouterr().out.splitlines() if ": done in" in line]
+    made = [name for name in (line.split()[-1] for line in finished) if not name.endswith("/plan")]
+    assert made == [step.name for step in steps]
+
+
+def test_what_does_not_fit_is_refused_with_the_step_and_the_setting(tmp_path: Path):
+    _, _, steps = planned(tmp_path, CPU)
+    check_room(steps, CPU, 10**9)
+    small = dataclasses.replace(CPU, memory=max(step.memory for step in steps) // 2)
+    with pytest.raises(
+        ValueError, match=r"stage-\d/\w+ needs about .* GB of memory, .* are free on a CPU\. Lower stages\.\d"
+    ):
+        check_room(steps, small, 10**9)
+    with pytest.raises(
+        ValueError, match=r"the run writes about .* free on the disk. Free some, or lower save_total_limit"
+    ):
+        check_room(steps, CPU, 1000)
+
+
+def test_a_model_too_large_to_score_on_the_gpu_is_sent_to_the_cpu(tmp_path: Path):
+    _, _, steps = planned(tmp_path, GPU)
+    score = next(step for step in steps if step.name == "stage-1/score")
+    with pytest.raises(ValueError, match=r"stage-1/score .* Set stages\.0\.calibration\.device to cpu, or its dtype"):
+        check_room([score], dataclasses.replace(GPU, memory=score.memory // 2), None)
+    _, _, moved = planned(tmp_path, GPU, calibration={"tokens": 512, "loss": "lm", "device": "cpu"})
+    score = next(step for step in moved if step.name == "stage-1/score")
+    assert score.memory == 0 and score.host > 0 and "on the host's CPU" in score.what
+
+
+def test_an_offloaded_teacher_moves_from_the_gpu_to_the_host(tmp_path: Path):
+    values = tiny_recipe(tmp_path)
+    recipe = parse_recipe(values, "recipe.yaml")
+    found = outline(recipe)
+
+    def distil(**changes: object) -> Step:
+        steps = outlook(recipe.model_copy(update=changes), found, GPU)
+        return next(step for step in steps if step.name == "stage-1/distil")
+
+    live, away = distil(), distil(teacher_memory="0.1MB")
+    assert away.memory < live.memory and live.host == 0 and away.host > 0 and away.seconds > live.seconds
+
+
+def test_the_memory_of_a_stage_is_that_of_the_training_it_asks_for(tmp_path: Path):
+    recipe, found, steps = planned(tmp_path, CPU)
+    arguments = found.arguments[0]
+    wanted = training_memory(
+        found.after[0], batch=arguments.train_batch_size, length=recipe.data.max_length,
+        gradient_checkpointing=arguments.gradient_checkpointing, teacher="live", teacher_config=found.teacher_config,
+        teacher_dtype=torch.float32, accumulate=arguments.gradient_accumulation_steps > 1,
+        crossentropy=arguments.weights_at(0.0)[1] > 0,
+    ).total  # fmt: skip
+    assert next(step for step in steps if step.name == "stage-1/distil").memory == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("adamw_torch_fused", "float32", "adamw"), ("adamw_torch", "bfloat16", "adamw_bf16"),
+        ("paged_adamw_8bit", "bfloat16", "adamw_8bit"), ("adafactor", "bfloat16", "adafactor"),
+    ],
+)  # fmt: skip
+def test_optimizers_are_counted_as_what_they_are(name: str, dtype: str, expected: str):
+    assert optimizer_of(name, dtype) == expected
+
+
+def test_the_table_shows_every_step_and_the_sum(tmp_path: Path):
+    _, _, steps = planned(tmp_path, CPU)
+    console = Console(width=160, file=io.StringIO())
+    console.print(shown_steps(steps, CPU))
+    text = console.file.getvalue()
+    assert all(step.name in text for step in steps) and "in all" in text
+
+
+def test_planning_for_another_machine_is_for_dry_runs_only(tmp_path: Path):
+    recipe = parse_recipe(tiny_recipe(tmp_path), "recipe.yaml")
+    with pytest.raises(ValueError, match="--machine A100-80GB: with --dry-run, one of A100-80GB"):
+        run_recipe(recipe, tmp_path / "run", machine="A100-80GB")
+    with pytest.raises(ValueError, match="--machine TPU: with --dry-run, one of A100-80GB"):
+        run_recipe(recipe, tmp_path / "run", dry_run=True, machine="TPU")
+    assert run_recipe(recipe, tmp_path / "run", dry_run=True, machine=next(iter(MACHINES))) is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: accelerate spreads a model between a GPU and the host"
+)
+def test_a_model_larger_than_its_room_on_the_gpu_is_spread_and_says_the_same(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    ids = tiny_batch()["input_ids"].cuda()
+    whole, spread = load_model(folder, device="cuda"), load_model(folder, device="cuda", room=100_000)
+    assert {str(place) for place in spread.hf_device_map.values()} == {"0", "cpu"}
+    assert torch.equal(whole(input_ids=ids).logits, spread(input_ids=ids).logits)
