@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line; every command's epilog is an example."""
     parser = _Parser(prog="slimmoe", description="Slim Mixture-of-Experts language models and distil them back.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_env, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval):
+    for add in (_add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -187,6 +187,26 @@ def _add_teacher(parser: argparse.ArgumentParser, help: str) -> None:
 def _add_env(commands: Any) -> None:
     parser = _add(commands, "env", "Show versions, threads, memory and devices.", "slimmoe env --json")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_size(commands: Any) -> None:
+    parser = _add(
+        commands, "size", "Count a model and say what memory it takes, from its config.json alone.",
+        "slimmoe size microsoft/Phi-3.5-MoE-instruct --target 7.6B --stages 2 --gpu 80GB 24GB",
+    )  # fmt: skip
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, a config.json or a Hub id")
+    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
+    parser.add_argument("--expert-width", type=int, metavar="N", help="size the model cut to N neurons per expert")
+    parser.add_argument("--kv-groups", type=int, metavar="N", help="and to N key/value groups per attention layer")
+    parser.add_argument("--target", metavar="SIZE", help="find the width for so many parameters: 7.6B, 3.8e9, 7600M")
+    parser.add_argument("--stages", type=int, default=1, metavar="N", help="with --target: in N stages (default: 1)")
+    gpus = ["80GB", "48GB", "24GB"]
+    parser.add_argument("--gpu", nargs="+", default=gpus, metavar="GB", help=f"which GPUs (default: {' '.join(gpus)})")
+    parser.add_argument("--length", type=int, default=4096, metavar="T", help="tokens per row (default: 4096)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of inference and frozen weights (default: the model's own)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_config(parser)
 
 
 def _add_score(commands: Any) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import slimmoe_hf
+from slimmoe_hf import size_command
 from slimmoe_hf.atomic import refuse_existing, replacing, write_text
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
@@ -299,5 +300,6 @@ def _print_json(values: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "env": env, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run, "eval": evaluate,
+    "env": env, "size": size_command.size, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run,
+    "eval": evaluate,
 }  # fmt: skip

@@ -249,7 +249,6 @@ class _Outlook:
             crossentropy=any(arguments.weights_at(at)[1] > 0 for at in (0.0, 1.0)),
         )  # fmt: skip
 
-
     def _autocast(self, stage: Stage, arguments: DistillationConfig) -> bool:
         """Whether computing is in bfloat16 there; where the recipe does not say, `DistillationConfig` goes by the machine."""
         if {"bf16", "fp16"} & stage.distillation.keys():

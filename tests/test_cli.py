@@ -25,7 +25,7 @@ from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 from slimmoe_hf.outlook import MACHINES
 
-COMMANDS = ("env", "score", "plan", "slim", "distill", "run", "eval")
+COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval")
 DATA = ("--max-length", "64")
 
 
@@ -83,6 +83,10 @@ def test_flags_are_a_visible_decision():
     output = {"--output", "--overwrite", "--config"}
     assert flags == {
         "env": common | {"--json"},
+        "size": common | {
+            "--revision", "--expert-width", "--kv-groups", "--target", "--stages", "--gpu", "--length", "--batch-size",
+            "--dtype", "--json", "--config",
+        },
         "score": common | train | teacher | output | {"--loss", "--batch-size"},
         "plan": common | output | {"--expert-width", "--kv-groups", "--criterion", "--seed", "--json"},
         "slim": common | train | teacher | output | {
@@ -190,6 +194,8 @@ def test_any_training_argument_may_stand_in_the_config_file(home: Path):
     ("argv", "message"),
     [
         ([], "no command given"),
+        (["size"], "size needs a model: a folder, a config.json or a Hub id"),
+        (["size", "./nowhere"], "./nowhere: no such folder or file"),
         (["slam"], "invalid choice: 'slam'"),
         (["slim", "m", "--output", "o"], "slim needs --plan, or --data and --expert-width or --kv-groups"),
         (
