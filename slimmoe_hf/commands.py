@@ -44,6 +44,7 @@ from slimmoe_hf.loading import (
 from slimmoe_hf.pipeline import distil, run_recipe, save_checkpoint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, check_vocabulary, device, training_arguments
+from slimmoe_hf.recipe import memory_bytes
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.stats import ExpertStats
 
@@ -142,7 +143,7 @@ def _show(folders: list[str], as_json: bool) -> None:
 def slim(args: argparse.Namespace) -> None:
     """A checkpoint and a plan (or text and a size) in, a smaller checkpoint out."""
     _require(args, "model", "output")
-    output, size = _output(args), parse_size(args.shard_size)
+    output, size = _output(args), _shard_bytes(args.shard_size)
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
     target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
@@ -162,21 +163,11 @@ def slim(args: argparse.Namespace) -> None:
     rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
 
 
-def parse_size(text: str) -> int:
-    """`500MB`, `1GB` or a plain number, in bytes.
-
-    Raises:
-        ValueError: It is none of these, or not positive.
-    """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, factor = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+def _shard_bytes(text: str) -> int:
     try:
-        size = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise ValueError(f"--shard-size {text}: not a size. Write it as 500MB or 1GB.")
-    return size
+        return memory_bytes(text)
+    except ValueError:
+        raise ValueError(f"--shard-size {text}: not a size. Write it as 500MB or 1GB.") from None
 
 
 def distill(args: argparse.Namespace) -> None:

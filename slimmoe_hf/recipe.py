@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from accelerate.utils import convert_file_size_to_int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from slimmoe_hf.plan import Target
@@ -268,12 +269,13 @@ def memory_bytes(text: str) -> int:
     Raises:
         ValueError: It is not written so, or nothing.
     """
-    units = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM]i?B)", text.strip(), flags=re.IGNORECASE)
-    amount = int(float(match[1]) * units[match[2].upper()]) if match else 0
-    if not amount:
+    try:
+        amount = convert_file_size_to_int(text.replace(" ", ""))
+    except ValueError:
+        amount = 0
+    if amount <= 0:
         raise ValueError(f"expected an amount of memory such as 12GB or 12GiB, found {text!r}")
-    return amount
+    return int(amount)
 
 
 def suggestion(key: str, known: Collection[str]) -> str:
