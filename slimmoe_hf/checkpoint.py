@@ -156,6 +156,8 @@ class _Run:
         """Write the shards that are missing."""
         missing = {name: cuts for name, cuts in self.shards.items() if name not in self.written}
         needed = sum(cut.bytes for cuts in missing.values() for cut in cuts)
+        if self.source.deletes:  # one download being read, the next one coming
+            needed += 2 * max(cut.part.stored.end for cuts in self.shards.values() for cut in cuts if cut.part)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(

@@ -198,6 +198,7 @@ def _add_size(commands: Any) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     parser.add_argument("--expert-width", type=int, metavar="N", help="size the model cut to N neurons per expert")
     parser.add_argument("--kv-groups", type=int, metavar="N", help="and to N key/value groups per attention layer")
+    parser.add_argument("--num-experts", type=int, metavar="N", help="and with N experts per layer")
     parser.add_argument("--target", metavar="SIZE", help="find the width for so many parameters: 7.6B, 3.8e9, 7600M")
     parser.add_argument("--stages", type=int, default=1, metavar="N", help="with --target: in N stages (default: 1)")
     gpus = ["80GB", "48GB", "24GB"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def list_cuts(
     Raises:
         ValueError: The plan cuts experts in a layer that has none.
     """
-    wanted = expected_shapes(AutoConfig.for_model(**values))
+    wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(dict(values))))
     selections = _selections(config, plan)
     if stray := selections.keys() - parts.keys():
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")

@@ -6,6 +6,7 @@ heads, G key/value groups, G' the groups kept.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -274,7 +275,7 @@ def make_plan(stats: ExpertStats, target: Target, criterion: str = "taylor", see
         near = difflib.get_close_matches(criterion, CRITERIA, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"criterion {criterion!r} is unknown; use one of {', '.join(CRITERIA)}.{hint}")
-    config = AutoConfig.for_model(**stats.meta.config)
+    config = AutoConfig.for_model(**copy.deepcopy(stats.meta.config))  # which writes into nested dicts
     before, after = shape_of(config), validate_target(config, target)
     scores = CRITERIA[criterion](stats, seed)
     unknown_LE = stats.tokens_LE == 0

@@ -21,6 +21,7 @@ from slimmoe_hf.sizing import (
     RESERVE_BYTES,
     RESERVE_SHARE,
     Gpu,
+    fewer_experts,
     own_dtype,
     parameter_counts,
     parse_gpu,
@@ -41,7 +42,7 @@ def size(args: argparse.Namespace) -> None:
     """A config in, numbers out.
 
     Args:
-        args: `model`, `revision`, `expert_width`, `kv_groups`, `gpu`, `length`, `batch_size`, `dtype`, `target`,
+        args: `model`, `revision`, `expert_width`, `kv_groups`, `num_experts`, `gpu`, `length`, `batch_size`, `dtype`, `target`,
             `stages` and `json`, as the parser has them.
 
     Raises:
@@ -77,12 +78,16 @@ def describe(config: PreTrainedConfig, args: argparse.Namespace, gpus: list[Gpu]
     if args.target is not None:
         if args.expert_width is not None:
             raise ValueError("--target finds the expert width itself. Give --target or --expert-width, not both.")
+        if args.num_experts is not None:
+            raise ValueError("--target finds a width for all the experts there are. Leave --num-experts out.")
         stages = suggest_stages(config, args.target, args.stages, args.kv_groups)
         answer["suggestions"] = [stage.model_dump() for stage in stages]
         target = stages[-1].target
-    after = slimmed_config(config, target) if target is not None else None
+    after, asked = (slimmed_config(config, target), [str(target)]) if target is not None else (None, [])
+    if args.num_experts is not None:
+        after, asked = fewer_experts(after or config, args.num_experts), [*asked, f"num_experts={args.num_experts}"]
     if after is not None:
-        answer["slimmed"] = {"target": str(target), **_sizes(after)}
+        answer["slimmed"] = {"target": ", ".join(asked), **_sizes(after)}
     uses = memory_of(config, after, args.batch_size, args.length, dtype) if config.model_type in FAMILIES else {}
     answer["memory"] = {use: memory.model_dump() for use, memory in uses.items()}
     answer["assumed"] = {

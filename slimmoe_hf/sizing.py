@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
@@ -122,7 +122,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(f"{model}: no such folder or file. {remedy}")
     try:
         return load_config(Path(hf_hub_download(model, "config.json", revision=revision)).parent)
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model}: no such folder here, and the Hub gave no config.json: {reason}") from error
 
@@ -190,6 +190,22 @@ def slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfig
     after, slimmed = validate_target(config, target), copy.deepcopy(config)
     set_shape(slimmed, after)
     return slimmed
+
+
+def fewer_experts(config: PreTrainedConfig, number: int) -> PreTrainedConfig:
+    """A copy of a config with fewer experts in every layer.
+
+    Raises:
+        ValueError: As `shape_of`; or fewer than a token is sent to, or more than there are.
+    """
+    shape, least = shape_of(config), max(2, shape_of(config).top_k)
+    if not least <= number <= shape.num_experts:
+        raise ValueError(
+            f"num_experts={number} is not between the {least} that the router needs and the model's {shape.num_experts}."
+        )
+    fewer = copy.deepcopy(config)
+    setattr(fewer, family_of(config).experts_key, number)
+    return fewer
 
 
 def parse_gpu(text: str) -> Gpu:

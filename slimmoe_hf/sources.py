@@ -18,9 +18,11 @@ class LocalSource:
         folder: Where its files are.
         name: What the user calls it.
         revision: None: a folder has no revisions.
+        deletes: Whether shards are downloaded beside the output and deleted when they are read.
     """
 
     revision: str | None = None
+    deletes = False
 
     def __init__(self, folder: Path) -> None:
         """Take a folder as it is."""
@@ -49,6 +51,7 @@ class HubSource:
     Attributes:
         folder: Its small files (config, tokenizer, index), in the Hub's cache.
         name: Its id. revision: The commit.
+        deletes: As of `LocalSource`.
     """
 
     def __init__(self, name: str, revision: str | None, shards: Path | None = None) -> None:
@@ -62,7 +65,7 @@ class HubSource:
         Raises:
             ValueError: There is no such model, or the Hub cannot be reached.
         """
-        self.name, self._shards = name, shards
+        self.name, self._shards, self.deletes = name, shards, shards is not None
         try:
             info = HfApi().model_info(name, revision=revision)
             self.revision = str(info.sha)

@@ -84,8 +84,8 @@ def test_flags_are_a_visible_decision():
     assert flags == {
         "env": common | {"--json"},
         "size": common | {
-            "--revision", "--expert-width", "--kv-groups", "--target", "--stages", "--gpu", "--length", "--batch-size",
-            "--dtype", "--json", "--config",
+            "--revision", "--expert-width", "--kv-groups", "--num-experts", "--target", "--stages", "--gpu", "--length",
+            "--batch-size", "--dtype", "--json", "--config",
         },
         "score": common | train | teacher | output | {"--loss", "--batch-size"},
         "plan": common | output | {"--expert-width", "--kv-groups", "--criterion", "--seed", "--json"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from recipes import tiny_recipe, write_recipe
 from test_checkpoint import same_tensors, saved
 from tiny import tiny_batch, tiny_model
 
@@ -138,6 +140,24 @@ def test_what_is_not_there_is_one_line_and_shards_of_a_folder_are_never_deleted(
     assert done.returncode == 0 and len(lines) == len(expected), done.stderr
     assert all(line.startswith(message) for line, (_, message) in zip(lines, expected, strict=True)), lines
     assert weights_under(root / "someone" / "tiny-moe") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_size_and_a_dry_run_download_no_weights(hub, slim, tmp_path: Path):
+    root, _ = hub
+    recipe = write_recipe(tmp_path, {**tiny_recipe(tmp_path), "model": "someone/tiny-moe"})
+    both = (
+        "import sys; from slimmoe_hf.cli import main\n"
+        "sys.exit(main(['size', 'someone/tiny-moe', '--json'])"
+        f" or main(['run', {str(recipe)!r}, '--dry-run', '--output', {str(tmp_path / 'out')!r}]))"
+    )
+    done = slim(code=both)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)["total_parameters"]
+    assert counted == sum(parameter.numel() for parameter in tiny_model("phimoe").parameters())
+    assert "from the Hub" in done.stderr and "Not looked at, because it is on the Hub: someone/tiny-moe" in done.stderr
+    assert ".safetensors" not in (root / "requests.log").read_text().replace("model.safetensors.index", "")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

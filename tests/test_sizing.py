@@ -23,6 +23,7 @@ from transformers import (
 
 from slimmoe_hf import tracing
 from slimmoe_hf.evaluation import count_parameters
+from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.memory import (
     CACHE_TOP_K,
     cache_bytes_per_token,
@@ -33,7 +34,15 @@ from slimmoe_hf.memory import (
 )
 from slimmoe_hf.plan import Target
 from slimmoe_hf.size_command import size
-from slimmoe_hf.sizing import parameter_counts, parse_gpu, parse_size, read_config, slimmed_config, suggest_stages
+from slimmoe_hf.sizing import (
+    fewer_experts,
+    parameter_counts,
+    parse_gpu,
+    parse_size,
+    read_config,
+    slimmed_config,
+    suggest_stages,
+)
 
 
 def phi(width: int = 6400, heads: int = 32, groups: int = 8, layers: int = 32) -> PhimoeConfig:
@@ -47,8 +56,8 @@ def phi(width: int = 6400, heads: int = 32, groups: int = 8, layers: int = 32) -
 
 def asked(model: Path | str, **given: object) -> argparse.Namespace:
     values = {
-        "model": str(model), "revision": None, "expert_width": None, "kv_groups": None, "gpu": ["80GB", "24GB"],
-        "length": 256, "batch_size": 1, "dtype": None, "target": None, "stages": 1, "json": True,
+        "model": str(model), "revision": None, "expert_width": None, "kv_groups": None, "num_experts": None,
+        "gpu": ["80GB", "24GB"], "length": 256, "batch_size": 1, "dtype": None, "target": None, "stages": 1, "json": True,
     }  # fmt: skip
     return argparse.Namespace(**{**values, **given})
 
@@ -282,6 +291,16 @@ def test_a_switch_model_gets_counts_and_bytes_only(tmp_path, capsys):
     size(asked(tmp_path))
     answer = json.loads(capsys.readouterr().out)
     assert answer["memory"] == {} and answer["bytes"] == 4 * answer["total_parameters"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_experts_are_counted_as_a_model_with_fewer_is(family):
+    fewer = fewer_experts(tiny_model(family).config, 3)
+    key = FAMILIES[family].experts_key
+    assert parameter_counts(fewer).total == sum(p.numel() for p in tiny_model(family, **{key: 3}).parameters())
+    assert parameter_counts(fewer).active < parameter_counts(tiny_model(family).config).active  # its router's rows
+    with pytest.raises(ValueError, match="num_experts=1 is not between the 2 that the router needs and the model's 4"):
+        fewer_experts(tiny_model(family).config, 1)
 
 
 def test_slimmed_configs_are_copies():
