@@ -89,7 +89,7 @@ def ours(source: Path, plan: CompressionPlan, output: Path, written: int) -> Non
 
 
 def copies(source: Path, plan: CompressionPlan, output: Path, written: int) -> None:
-    buffer = bytearray(1 << 24)
+    buffer = bytearray(1 << 26)  # the fastest of 256 kB to 64 MB here
     for file in sorted(source.glob("*.safetensors")):
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
