@@ -29,9 +29,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.optimization import Adafactor
 
+from slimmoe_hf import disk
 from slimmoe_hf.families import family_of, shape_of
 from slimmoe_hf.losses import DistillationLoss, forward_kl
 from slimmoe_hf.stats import ExpertStats
@@ -82,8 +83,7 @@ def _text(config: PreTrainedConfig) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _meta_model(text: str) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(text)))
+    return disk.meta_model(AutoConfig.for_model(**json.loads(text)))
 
 
 def inference_memory(

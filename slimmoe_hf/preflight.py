@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
 from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
-from slimmoe_hf.families import family_of, set_shape
+from slimmoe_hf.families import family_of
 from slimmoe_hf.launch import processes_of
 from slimmoe_hf.loading import (
     files_sha256,
@@ -28,8 +27,9 @@ from slimmoe_hf.loading import (
     verify_checkpoint,
     weights_sha256,
 )
-from slimmoe_hf.plan import Target, validate_target
+from slimmoe_hf.plan import Target
 from slimmoe_hf.recipe import Recipe, Stage
+from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.teacher import LiveTeacher
 
 
@@ -122,7 +122,7 @@ def outline(recipe: Recipe) -> Outline:
 
 def dtype_name(config: PreTrainedConfig) -> str:
     """What a checkpoint of this config is stored in; float32 where the config does not say."""
-    return str(config.dtype or torch.float32).removeprefix("torch.")
+    return str(own_dtype(config)).removeprefix("torch.")
 
 
 def is_remote(name: str) -> bool:
@@ -175,7 +175,7 @@ def check_targets(config: PreTrainedConfig, targets: list[Target]) -> list[PreTr
     configs = []
     for number, target in enumerate(targets):
         try:
-            config = _slimmed_config(config, target)
+            config = slimmed_config(config, target)
         except ValueError as error:
             before = f" (after stage {number})" if number else ""
             raise ValueError(f"stages.{number}.target: {str(error).rstrip()}{before}") from error
@@ -293,9 +293,3 @@ def _some(documents: Dataset, tokens: int | None, tokenizer: PreTrainedTokenizer
         return documents
     order = np.random.default_rng(seed).permutation(len(documents))
     return take_tokens(documents.select(order), tokens, tokenizer)
-
-
-def _slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfig:
-    after, slimmed = validate_target(config, target), copy.deepcopy(config)
-    set_shape(slimmed, after)
-    return slimmed
