@@ -270,7 +270,7 @@ def memory_bytes(text: str) -> int:
         ValueError: It is not written so, or nothing.
     """
     try:
-        amount = convert_file_size_to_int(text.replace(" ", ""))
+        amount = convert_file_size_to_int(text.replace(" ", "").upper())  # which takes a small b for bits
     except ValueError:
         amount = 0
     if amount <= 0:
