@@ -227,6 +227,12 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
     _add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
+    parser.add_argument(
+        "--calibration-dtype", default="float32", choices=("float32", "bfloat16"), help="of scoring (default: float32)"
+    )
+    parser.add_argument(
+        "--calibration-device", default="auto", choices=("auto", "cpu"), help="cpu for a model larger than the GPU"
+    )
     _add_data(parser, "train", 131072, "how many tokens to score on")
 
 

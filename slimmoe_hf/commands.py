@@ -96,16 +96,17 @@ def score(args: argparse.Namespace) -> None:
 def _scored(args: argparse.Namespace) -> ExpertStats:
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
+    where = torch.device("cpu") if args.calibration_device == "cpu" else device()
     model, tokenizer = _checkpoint(args.model, args.revision)
     teacher = None
     if args.teacher is not None and args.loss == "kd_topk":
         folder = find_checkpoint(args.teacher, args.teacher_revision)
         check_teacher(folder, load_config(model), tokenizer)
-        teacher = load_model(folder, device=device())
+        teacher = load_model(folder, args.calibration_dtype, where)
     documents, _ = take_apart(_documents(args), args.tokens, tokenizer, args.seed)
     rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
     return collect_stats(
-        load_model(model, device=device()),
+        load_model(model, args.calibration_dtype, where, whole=True),
         batches(rows, args.batch_size, tokenizer.pad_token_id or 0),
         loss=args.loss,
         teacher=teacher,

@@ -81,16 +81,17 @@ def test_flags_are_a_visible_decision():
     train = data | {"--packing", "--no-packing", "--seed"}
     teacher = {"--teacher", "--teacher-revision", "--revision"}
     output = {"--output", "--overwrite", "--config"}
+    scoring = {"--loss", "--batch-size", "--calibration-dtype", "--calibration-device"}
     assert flags == {
         "env": common | {"--json"},
         "size": common | {
             "--revision", "--expert-width", "--kv-groups", "--num-experts", "--target", "--stages", "--gpu", "--length",
             "--batch-size", "--dtype", "--json", "--config",
         },
-        "score": common | train | teacher | output | {"--loss", "--batch-size"},
+        "score": common | train | teacher | output | scoring,
         "plan": common | output | {"--expert-width", "--kv-groups", "--criterion", "--seed", "--json"},
-        "slim": common | train | teacher | output | {
-            "--loss", "--batch-size", "--plan", "--expert-width", "--kv-groups", "--criterion", "--other-weights", "--dtype",
+        "slim": common | train | teacher | output | scoring | {
+            "--plan", "--expert-width", "--kv-groups", "--criterion", "--other-weights", "--dtype",
             "--shard-size", "--delete-source-shards",
         },
         "distill": common | train | teacher | output | {
@@ -208,6 +209,7 @@ def test_any_training_argument_may_stand_in_the_config_file(home: Path):
         (["score"], "score needs model, data, output (see slimmoe score --help)"),
         (["score", "m", "--los", "lm"], "unrecognized arguments: --los"),
         (["score", "m", "--data", "d", "--output", "o", "--loss", "ml"], "--loss ml: unknown; use one of lm, kd_topk."),
+        (["score", "m", "--calibration-dtype", "int8"], "--calibration-dtype: invalid choice: 'int8'"),
         (["score", "./nowhere", "--data", "d", "--output", "o"], "./nowhere: no such folder"),
         (["plan", "--output", "o"], "plan takes one statistics file, or show"),
         (["plan", "nowhere.safetensors", "--output", "o"], "nowhere.safetensors: no such statistics file"),
