@@ -40,7 +40,7 @@ def replacing(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def refuse_existing(path: Path) -> None:
     """Raise ValueError if there is something at `path`."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ValueError(f"{path}: is there already. Give another --output, or --overwrite to replace it.")
 
 

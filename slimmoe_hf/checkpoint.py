@@ -7,9 +7,11 @@ been verified; an interrupted cut continues with the first shard that is not who
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from slimmoe_hf.atomic import PARTIAL, flush, flush_entry, refuse_existing, write_text
 from slimmoe_hf.cuts import Cut, list_cuts, name_shards, slimmed_config
-from slimmoe_hf.disk import Part, expected_shapes, locate
+from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate
 from slimmoe_hf.identity import combined, sample, sampled
 from slimmoe_hf.loading import files_sha256, load_config
 from slimmoe_hf.plan import CompressionPlan
@@ -77,17 +79,20 @@ def slim_checkpoint(
         ValueError: The checkpoint is damaged, quantised, or not the one the plan was made for; a weight is not finite;
             or there is no room. Nothing is at `destination` then.
     """
-    destination = Path(destination).expanduser()
+    destination = Path(os.path.abspath(Path(destination).expanduser()))  # noqa: PTH100  (resolve would follow a link)
+    if destination.name == "" or destination in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"{destination}: you are in it. Give the name of a new folder.")
     partial = destination.with_name(PARTIAL + destination.name)
-    if not overwrite:
-        refuse_existing(destination)
+    _refuse_occupied(destination, overwrite)
     opened = open_source(str(source), revision, partial / _DOWNLOADS if delete_source_shards else None)
-    if destination.resolve() == opened.folder:
-        raise ValueError(f"{destination}: is the model itself. Give another place to write to.")
+    if {destination.resolve(), partial.resolve()} & {opened.folder, *opened.folder.parents}:
+        raise ValueError(f"{destination}: is the model itself, or holds it. Give another place to write to.")
     config = load_config(opened.folder)
     plan.check()
     plan.check_fits(config)
     parts = locate(config, opened.stored(), opened.name)
+    if isinstance(opened, LocalSource):
+        check_tied(config, opened.stored(), opened.folder)
     if isinstance(opened, LocalSource) and not other_weights:
         samples = {name: sample(config, opened.folder, parts[name]) for name in sampled(config) & parts.keys()}
         _check_fingerprint(plan, samples)
@@ -99,7 +104,7 @@ def slim_checkpoint(
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(f"{partial}: locked: another slimmoe is writing there. Wait for it.") from None
-    with lock:
+    try:
         run = _Run(opened, config, plan, cuts, partial, shard_bytes, dtype)
         try:
             run.write()
@@ -110,8 +115,23 @@ def slim_checkpoint(
             if not run.written:
                 shutil.rmtree(partial)
             raise
+        _refuse_occupied(destination, overwrite)  # somebody else may have come in the meantime
         _move(partial, destination)
+    finally:
+        lock.release(force=True)
     return destination
+
+
+def _refuse_occupied(destination: Path, overwrite: bool) -> None:
+    """Raise ValueError unless the place is free, or may be overwritten and holds a checkpoint or nothing."""
+    if not overwrite:
+        refuse_existing(destination)
+    elif destination.is_symlink() or destination.is_file():
+        raise ValueError(f"{destination}: is a file or a link, not the folder of a checkpoint. Give another --output.")
+    elif destination.is_dir() and any(destination.iterdir()) and not (destination / "config.json").is_file():
+        raise ValueError(
+            f"{destination}: holds files that are no checkpoint; they are left alone. Give another --output."
+        )
 
 
 def _check_fingerprint(plan: CompressionPlan, samples: Mapping[str, str]) -> None:
@@ -142,8 +162,11 @@ class _Run:
     def _resume(self) -> None:
         """Take over what an earlier call of the same request has finished; clear away everything else."""
         journal = self.folder / _JOURNAL
-        content = json.loads(journal.read_text()) if journal.is_file() else {}
-        if content.get("request") == self.request:
+        try:
+            content = json.loads(journal.read_text())
+        except (OSError, ValueError):
+            content = {}
+        if isinstance(content, dict) and content.get("request") == self.request:
             whole = {name: sha for name, sha in content["shards"].items() if (self.folder / name).is_file()}
             self.written, self.samples = whole, content["samples"]
             if whole:
@@ -190,9 +213,10 @@ class _Run:
                 cut, weight = next(weights)
                 assert cut is expected
                 if not all_finite(weight):
-                    raise ValueError(
-                        f"{self.source.name}: {cut.name} holds values that are not finite. Fetch or make it again."
-                    )
+                    why = "Fetch or make it again."
+                    if cut.dtype == torch.float16:
+                        why = "If they are in the model's own dtype, float16 cannot hold them: use bfloat16."
+                    raise ValueError(f"{self.source.name}: {cut.name} holds values that are not finite. {why}")
                 writer.add(cut.name, weight)
             return writer.close()
         except BaseException:
@@ -229,7 +253,7 @@ class _Run:
         part = self._placed(cut.part)
         if cut.name in self.sampled:
             self.samples[cut.name] = sample(self.config, folder, part)
-        return Cut(cut.name, cut.shape, cut.dtype, part, cut.axis, cut.index).read(folder, self._buffer)
+        return dataclasses.replace(cut, part=part).read(folder, self._buffer)
 
     def _checked(self, stored: Stored) -> Path:
         """The folder of a tensor's file, fetched, its header compared with what was promised."""
@@ -246,7 +270,7 @@ class _Run:
         """The part at its place in the file itself; a Hub's metadata counts from the end of the header."""
         stored = self._fetched[part.stored.file][1][part.stored.name]
         scale = self._fetched[part.scale.file][1][part.scale.name] if part.scale else None
-        return Part(part.name, stored, part.first, part.shape, scale)
+        return dataclasses.replace(part, stored=stored, scale=scale)
 
     def _record(self) -> None:
         content = {"request": self.request, "shards": self.written, "samples": self.samples}
@@ -256,7 +280,8 @@ class _Run:
         """Everything beside the weights; then read back and verify all of it."""
         for pattern in _CARRIED:
             for file in self.source.folder.glob(pattern):
-                shutil.copyfile(file, self.folder / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, self.folder / file.name)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
         if len(self.shards) > 1:
@@ -266,7 +291,6 @@ class _Run:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         self._verify()
         shutil.rmtree(self.folder / _DOWNLOADS, ignore_errors=True)
-        (self.folder / _JOURNAL).unlink()
         flush(self.folder)
 
     def _verify(self) -> None:
@@ -275,10 +299,10 @@ class _Run:
         found: dict[str, tuple[int, ...]] = {}
         for name, sha256 in self.written.items():
             file = self.folder / name
-            found |= {tensor.name: tensor.shape for tensor in read_header(file).values()}
             if files_sha256([file]) != sha256:
                 file.unlink()
                 raise ValueError(f"{file}: does not read back as it was written. The same command writes it again.")
+            found |= {tensor.name: tensor.shape for tensor in read_header(file).values()}
         assert found == wanted, "what was written is not what the new config asks for"
 
 
@@ -298,6 +322,7 @@ def _request(
 def _move(partial: Path, destination: Path) -> None:
     if destination.is_dir():
         shutil.rmtree(destination)
-    (partial / _LOCK).unlink(missing_ok=True)
     partial.replace(destination)
+    for name in (_JOURNAL, _LOCK):
+        (destination / name).unlink(missing_ok=True)
     flush_entry(destination.parent)

@@ -90,6 +90,14 @@ def list_cuts(
     for name, part in parts.items():
         axis, index = selections.get(name, (0, None))
         own = torch.bfloat16 if part.scale is not None else DTYPES[part.stored.dtype]
+        shape = list(part.shape)
+        if index is not None:
+            shape[axis] = len(index)
+        if tuple(shape) != wanted.get(name):
+            raise ValueError(
+                f"the plan leaves {name} at {shape}, its own sizes ask for {list(wanted.get(name, ()))}. Make a plan for "
+                "this model."
+            )
         kept = given if given is not None and own.is_floating_point else own
         cuts.append(Cut(name, wanted[name], kept, part, axis, index))
     for name in wanted.keys() - parts.keys():

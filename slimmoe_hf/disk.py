@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import family_of, layer_views
-from slimmoe_hf.shards import Buffer, Stored, read_tensor
+from slimmoe_hf.shards import DTYPES, Buffer, Stored, read_tensor
 
 _SCALE = "_scale_inv"
 _DEQUANTISED = ("fp8",)
@@ -30,7 +30,8 @@ class Part:
     Attributes:
         name: Published name. stored: The tensor it lies in.
         first: Element of that tensor that it starts at. shape: Its own.
-        scale: What an FP8 weight is to be multiplied with, block by block; None for others.
+        scale: What an FP8 weight is to be multiplied with; None for others.
+        block: Rows and columns that one of its scales is for; None where there is one for all.
     """
 
     name: str
@@ -38,12 +39,18 @@ class Part:
     first: int
     shape: tuple[int, ...]
     scale: Stored | None = None
+    block: tuple[int, int] | None = None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with no weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"config.json: no {config.model_type} model can be built from it ({type(error).__name__}: {error})."
+        ) from error
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -95,6 +102,8 @@ def locate(config: PreTrainedConfig, stored: Mapping[str, Stored], where: str) -
             way that cannot be undone here.
     """
     quantised = refuse_quantised(config, where)
+    sizes = config.to_dict()["quantization_config"].get("weight_block_size") if quantised else None
+    block = (int(sizes[0]), int(sizes[1])) if sizes else None
     renamed = _fused_parts(config, stored)
     parts = []
     for name, shape in expected_shapes(config).items():
@@ -107,7 +116,14 @@ def locate(config: PreTrainedConfig, stored: Mapping[str, Stored], where: str) -
                 "belong together."
             )
         scale = stored.get(f"{tensor.name}{_SCALE}") if quantised else None
-        parts.append(Part(name, tensor, first, shape, scale))
+        if tensor.dtype not in DTYPES or not (DTYPES[tensor.dtype].is_floating_point):
+            raise ValueError(f"{where}: {name} in {tensor.file} has the dtype {tensor.dtype}, which is no weight's.")
+        if tensor.dtype.startswith("F8") and scale is None:
+            raise ValueError(
+                f"{where}: {name} is FP8 without {tensor.name}{_SCALE} or a quantization_config of the method fp8, so it "
+                "cannot be undone here. Start from the unquantised checkpoint."
+            )
+        parts.append(Part(name, tensor, first, shape, scale, block if scale is not None else None))
     parts.sort(key=lambda part: (part.stored.file, part.stored.begin, part.first))
     return {part.name: part for part in parts}
 
@@ -121,6 +137,8 @@ def refuse_quantised(config: PreTrainedConfig, where: str) -> bool:
     values = config.to_dict().get("quantization_config")
     if not values:
         return False
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: config.json: quantization_config should be keys and values, found {values!r:.60}.")
     method = str(values.get("quant_method", "unknown"))
     if method not in _DEQUANTISED:
         raise ValueError(
@@ -169,23 +187,35 @@ def read_part(folder: Path, part: Part, rows: int | None = None, buffer: Buffer 
     """
     shape = part.shape if rows is None else (rows, *part.shape[1:])
     weight = read_tensor(folder, part.stored, part.first, shape, buffer)
-    return weight if part.scale is None else dequantise(weight, read_tensor(folder, part.scale))
+    return weight if part.scale is None else dequantise(weight, read_tensor(folder, part.scale), part.block)
 
 
-def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
     """An FP8 weight times its scales, in bfloat16.
 
     Args:
-        weight: `[rows, columns]`. scale: `[rows / b, columns / c]`, one per block, or one for all.
+        weight: `[rows, columns]`.
+        scale: One per block, `[ceil(rows / b), ceil(columns / c)]`, or one for all.
+        block: `(b, c)`; None where there is one scale for all.
 
     Raises:
-        ValueError: The blocks do not divide the weight.
+        ValueError: There are not as many scales as blocks.
     """
-    grid = scale if scale.dim() == 2 else scale.reshape(1, 1)
-    (rows, columns), (down, across) = weight.shape, grid.shape
-    if rows % down or columns % across:
-        raise ValueError(
-            f"an FP8 weight of [{rows}, {columns}] has scales of [{down}, {across}], which do not divide it."
-        )
-    blocks = weight.float().view(down, rows // down, across, columns // across)
-    return (blocks * grid.float()[:, None, :, None]).view(rows, columns).to(torch.bfloat16)
+    (rows, columns), (down, across) = weight.shape, block or weight.shape
+    expected = (-(-rows // down), -(-columns // across))
+    if scale.numel() != expected[0] * expected[1]:
+        raise ValueError(f"an FP8 weight of [{rows}, {columns}] has {list(scale.shape)} scales, not {list(expected)}.")
+    grid = scale.float().reshape(expected).repeat_interleave(down, 0)[:rows].repeat_interleave(across, 1)[:, :columns]
+    return (weight.float() * grid).to(torch.bfloat16)
+
+
+def check_tied(config: PreTrainedConfig, stored: Mapping[str, Stored], folder: Path) -> None:
+    """Raise ValueError where a config ties two weights and the files hold different ones: transformers does not tie them."""
+    for name, other in meta_model(config).all_tied_weights_keys.items():
+        if name in stored and other in stored:
+            rows = torch.equal(read_tensor(folder, stored[name]), read_tensor(folder, stored[other]))
+            if not rows:
+                raise ValueError(
+                    f"{folder}: config.json ties {name} to {other}, and the files hold different ones. Set "
+                    "tie_word_embeddings to false, or leave one out."
+                )

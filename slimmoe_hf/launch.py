@@ -86,7 +86,9 @@ def processes_of(recipe: Recipe) -> int:
             f"{where}: no config of accelerate: it has no distributed_type. `accelerate config` writes one."
         )
     number, kind = values.get("num_processes"), str(values["distributed_type"])
-    if not isinstance(number, int) or number < 1:
+    if not isinstance(values.get("fsdp_config") or {}, dict):
+        raise ValueError(f"{where}: fsdp_config should be keys and values, found {values['fsdp_config']!r:.60}.")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"{where}: num_processes is {number!r}. Write how many processes are to train, 1 or more.")
     if values.get("num_machines", 1) != 1:
         raise ValueError(f"{where}: num_machines is {values['num_machines']!r}; a run is on one machine. Write 1.")

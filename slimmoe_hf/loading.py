@@ -85,7 +85,7 @@ def load_config(path: Path) -> PreTrainedConfig:
         raise ValueError(f"{file}: not a model's config: expected a JSON object.")
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -180,7 +180,7 @@ def weight_files(path: Path) -> list[Path]:
         raise ValueError(f"{index}: no weight_map, so it does not say where the weights are.")
     files: dict[Path, str] = {}
     for tensor, name in weight_map.items():
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: {tensor} points outside the folder ({name}); refused.")
         files.setdefault(path / name, tensor)
     for file, tensor in files.items():

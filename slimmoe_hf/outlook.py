@@ -252,7 +252,7 @@ class _Outlook:
     def _autocast(self, stage: Stage, arguments: DistillationConfig) -> bool:
         """Whether computing is in bfloat16 there; where the recipe does not say, `DistillationConfig` goes by the machine."""
         if {"bf16", "fp16"} & stage.distillation.keys():
-            return bool(arguments.bf16)
+            return bool(stage.distillation.get("bf16") or stage.distillation.get("fp16"))
         return self.machine.host is not None
 
 

@@ -85,7 +85,8 @@ def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None
         raise ValueError(
             f"--machine {machine}: with --dry-run, one of {', '.join(MACHINES)}; without it, this one is used."
         )
-    found, here = outline(recipe), MACHINES[machine] if machine is not None else this_machine()
+    found = outline(recipe, elsewhere=machine is not None)
+    here = MACHINES[machine] if machine is not None else this_machine()
     remote = [name for name in (recipe.model, recipe.teacher, recipe.data.source) if name and is_remote(name)]
     text = None if dry_run and recipe.data.source in remote else read_text(recipe, found.tokenizer)
     steps = outlook(recipe, found, here, text)

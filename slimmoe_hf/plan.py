@@ -179,6 +179,8 @@ class CompressionPlan:
         """Raise ValueError unless the plan starts from this config's family and sizes."""
         if config.model_type != self.meta.family:
             raise ValueError(f"the plan is for {self.meta.family}, the model is {config.model_type}.")
+        if self.groups and family_of(config).no_groups:
+            raise ValueError(f"the plan drops key/value groups: {family_of(config).no_groups}.")
         have, want = shape_of(config), self.meta.before
         if have != want:
             differences = [

@@ -93,11 +93,12 @@ class Inputs(Text):
     hashes: dict[str, str]
 
 
-def outline(recipe: Recipe) -> Outline:
+def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
     """Check what a recipe asks for against the configs of its models; of a Hub id, no weights are downloaded.
 
     Args:
         recipe: From `load_recipe`.
+        elsewhere: It is to run on another machine, so what this one can compute in does not count.
 
     Raises:
         ValueError: One line that says what is wrong, where, and the remedy.
@@ -107,7 +108,8 @@ def outline(recipe: Recipe) -> Outline:
     teacher = find_checkpoint(recipe.teacher, recipe.teacher_revision, weights=False) if recipe.teacher else model
     config, teacher_config = load_config(model), load_config(teacher)
     after = check_targets(config, [stage.target for stage in recipe.stages])
-    arguments = [stage_arguments(recipe, number) for number in range(len(recipe.stages))]
+    asked = recipe if not elsewhere else _without(recipe, "bf16", "fp16")
+    arguments = [stage_arguments(asked, number) for number in range(len(recipe.stages))]
     tokenizer = load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
     dtype = recipe.dtype or dtype_name(config)
@@ -225,6 +227,11 @@ def training_arguments(
     for field in dataclasses.fields(DistillationConfig):
         if isinstance(field.default, int | float) and isinstance(given.get(field.name), str):
             raise ValueError(f"{where}: {field.name}={given[field.name]!r} is not a number (or true, or false).")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"{where}: {name}={given[name]!r} should be 1 or more.")
+    if given.get("learning_rate", 0.0) < 0:
+        raise ValueError(f"{where}: learning_rate={given['learning_rate']!r} should not be negative.")
     try:
         return DistillationConfig(
             output_dir=str(folder), seed=seed, max_length=max_length, packing=False,
@@ -243,6 +250,17 @@ def stage_arguments(recipe: Recipe, number: int, folder: Path = Path("unused")) 
 def device() -> torch.device:
     """Where models run: the first GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _without(recipe: Recipe, *names: str) -> Recipe:
+    """A recipe whose stages leave some training arguments unsaid."""
+    stages = [
+        stage.model_copy(
+            update={"distillation": {key: value for key, value in stage.distillation.items() if key not in names}}
+        )
+        for stage in recipe.stages
+    ]
+    return recipe.model_copy(update={"stages": stages})
 
 
 def teacher_dtype(stage: Stage, on_cpu: bool, own: str) -> str:

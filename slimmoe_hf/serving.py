@@ -35,7 +35,8 @@ def serving_config(values: dict[str, Any]) -> dict[str, Any]:
     model_type = values["model_type"]
     values["use_cache"] = True  # the Trainer turns it off, for its own sake
     for key in _EXPERT_KEYS.get(model_type, ()):
-        values[key] = next(values[name] for name in _EXPERT_KEYS[model_type] if name in values)
+        number = next((values[name] for name in _EXPERT_KEYS[model_type] if name in values), None)
+        values |= {key: number} if number is not None else {}
     if model_type in _NAMES:
         values["architectures"] = [_NAMES[model_type]]
         values["attention_bias"] = values["lm_head_bias"] = True

@@ -87,9 +87,13 @@ def parse_header(header: bytes, file: str, size: int | None = None) -> dict[str,
                    start + int(entry["data_offsets"][0]), start + int(entry["data_offsets"][1]))
             for name, entry in content.items()
         ]  # fmt: skip
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, IndexError):
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError):
         raise ValueError(f"{file}: not a safetensors file (its header is not JSON of the right form).") from None
+    free = start
     for tensor in sorted(found, key=lambda each: each.begin):
+        if tensor.begin < free or tensor.end < tensor.begin:
+            raise ValueError(f"{file}: {tensor.name} lies over another tensor, or over the header. {_AGAIN}")
+        free = tensor.end
         if size is not None and tensor.end > size:
             raise ValueError(
                 f"{file}: truncated at {tensor.name}: it ends at byte {tensor.end}, the file has {size}. {_AGAIN}"

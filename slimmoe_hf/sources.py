@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import HFValidationError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError  # type: ignore[attr-defined]
 
 from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
@@ -81,7 +81,7 @@ class HubSource:
         """
         try:
             files = HfApi().get_safetensors_metadata(self.name, revision=self.revision).files_metadata
-        except (OSError, HTTPError, ValueError) as error:
+        except (OSError, HTTPError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
             raise ValueError(f"{self.name}: no safetensors to be had: {str(error).strip().splitlines()[0]}") from error
         if outside := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{self.name}: the index points outside the folder ({outside[0]}); refused.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -290,6 +291,81 @@ def test_nothing_is_overwritten_unless_told_so_and_never_the_source(source: Path
     slim_checkpoint(source, plan, tmp_path / "slimmed", overwrite=True)
     with pytest.raises(ValueError, match="is the model itself"):
         slim_checkpoint(source, plan, source, overwrite=True)
+
+
+def test_what_is_in_the_way_is_left_alone(source: Path, plan, tmp_path: Path, monkeypatch):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "holder").mkdir()
+    shutil.copytree(source, tmp_path / "holder" / "original")
+    shutil.copytree(source, tmp_path / ".partial-twin")
+    monkeypatch.chdir(tmp_path / "thesis")
+    places = {
+        tmp_path / "thesis": "you are in it", Path(".."): "you are in it", Path("/"): "you are in it",
+        tmp_path / "file": "is a file or a link", tmp_path / "link": "is a file or a link",
+    }  # fmt: skip
+    for place, message in places.items():
+        with pytest.raises(ValueError, match=message):
+            slim_checkpoint(source, plan, place, overwrite=True)
+    with pytest.raises(ValueError, match="is there already"):
+        slim_checkpoint(source, plan, tmp_path / "link")
+    (tmp_path / "holder" / "config.json").write_text("{}")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for inside, place in (("holder/original", "holder"), (".partial-twin", "twin")):
+        with pytest.raises(ValueError, match="is the model itself, or holds it"):
+            slim_checkpoint(tmp_path / inside, plan, tmp_path / place, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="holds files that are no checkpoint; they are left alone"):
+        slim_checkpoint(source, plan, tmp_path / "thesis", overwrite=True)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone_and_the_work_is_kept(source, plan, tmp_path, monkeypatch):
+    finish = checkpoint._Run.finish
+
+    def intruded(self, values) -> None:
+        finish(self, values)
+        (tmp_path / "slimmed").mkdir()
+
+    monkeypatch.setattr(checkpoint._Run, "finish", intruded)
+    with pytest.raises(ValueError, match="is there already"):
+        slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+    begun = {file.name: file.stat().st_mtime_ns for file in (tmp_path / ".partial-slimmed").glob("*.safetensors")}
+    monkeypatch.setattr(checkpoint._Run, "finish", finish)
+    (tmp_path / "slimmed").rmdir()
+    slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+    assert begun == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "slimmed").glob("*.safetensors")}
+
+
+def test_a_failed_cut_can_be_called_again_in_the_same_process(source: Path, plan, tmp_path: Path):
+    healthy = tmp_path / "healthy"
+    shutil.copytree(source, healthy)
+    file = rewrite(source, UP, poison)
+    kept = []
+    try:
+        slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+    except ValueError as error:
+        kept.append(error)  # as a notebook keeps the last traceback
+    shutil.copyfile(healthy / file.name, file)
+    slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+    assert kept
+
+
+def test_a_finished_shard_that_was_cut_short_is_written_again(source: Path, plan, tmp_path: Path):
+    assert in_child(_slim_and_die, source, plan, tmp_path / "slimmed") == 9
+    victim = sorted((tmp_path / ".partial-slimmed").glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="does not read back as it was written"):
+        slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+    slim_checkpoint(source, plan, tmp_path / "slimmed", shard_bytes=8_000)
+
+
+def test_a_plan_that_does_not_cover_the_model_is_refused(source: Path, plan, tmp_path: Path):
+    partial = dataclasses.replace(plan, neurons={0: plan.neurons[0]})
+    with pytest.raises(ValueError, match=r"the plan leaves model\.layers\.1\..* at \[32, 32\], its own sizes ask for"):
+        slim_checkpoint(source, partial, tmp_path / "slimmed")
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "mxfp4"])

@@ -74,7 +74,37 @@ def test_dequantising_is_what_transformers_does():
 
     weight, scale = torch.randn(16, 24).to(torch.float8_e4m3fn), torch.rand(2, 3)
     theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16)
-    assert torch.equal(dequantise(weight, scale), theirs)
+    assert torch.equal(dequantise(weight, scale, (8, 8)), theirs)
+
+
+def test_scales_are_for_the_blocks_that_the_config_names():
+    """24 rows in blocks of 16 have two scales, as 24 rows in blocks of 12 have: only the config can tell."""
+    weight, scale = torch.ones(24, 16).to(torch.float8_e4m3fn), torch.tensor([[1.0], [10.0]])
+    assert dequantise(weight, scale, (16, 16))[:, 0].tolist() == [1.0] * 16 + [10.0] * 8
+    with pytest.raises(ValueError, match=r"has \[2, 1\] scales, not \[3, 2\]"):
+        dequantise(weight, scale, (8, 8))
+
+
+def test_fp8_without_scales_that_can_be_read_is_refused(tmp_path: Path):
+    source = saved(tmp_path / "source", tiny_model("mixtral"))
+    plan = random_plan(tiny_model("mixtral"), target_of("mixtral"))
+    for file in sorted(source.glob("*.safetensors")):
+        held = load_file(file)
+        packed = {
+            name: weight.to(torch.float8_e4m3fn) if ".experts." in name else weight for name, weight in held.items()
+        }
+        save_file(packed, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is FP8 without .*w\d\.weight_scale_inv"):
+        slim_checkpoint(source, plan, tmp_path / "slimmed")
+
+
+def test_a_head_of_its_own_beside_a_config_that_ties_it_is_refused(tmp_path: Path):
+    source = saved(tmp_path / "source", tiny_model("mixtral"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    plan = random_plan(tiny_model("mixtral"), target_of("mixtral"))
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to .*, and the files hold different"):
+        slim_checkpoint(source, plan, tmp_path / "slimmed")
 
 
 def test_locate_reads_a_checkpoint_from_its_headers_alone(source: Path):

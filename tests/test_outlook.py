@@ -117,6 +117,28 @@ def test_planning_for_another_machine_is_for_dry_runs_only(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_for_a_gpu_can_be_planned_where_there_is_none(tmp_path: Path):
+    values = tiny_recipe(tmp_path)
+    values["stages"][0]["distillation"]["bf16"] = True
+    recipe = parse_recipe(values, "recipe.yaml")
+    assert run_recipe(recipe, tmp_path / "run", dry_run=True, machine="A100-80GB") is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 should be 1 or more"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 should be 1 or more"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 should not be negative"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_at_once(tmp_path: Path, setting: dict[str, float], message: str):
+    values = tiny_recipe(tmp_path)
+    values["stages"][1]["distillation"] |= setting
+    with pytest.raises(ValueError, match=f"stages.1.distillation: {message}"):
+        outline(parse_recipe(values, "recipe.yaml"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: accelerate spreads a model between a GPU and the host"
