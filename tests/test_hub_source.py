@@ -105,6 +105,7 @@ def test_a_hub_model_is_slimmed_as_a_local_one_and_its_shards_stay_in_the_cache(
     assert len(weights_under(tmp_path / "home")) == len(list((root / "someone" / "tiny-moe").glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_killed_and_called_again_no_whole_shard_is_downloaded_twice_and_none_is_kept(hub, slim, tmp_path: Path):
     root, _ = hub
     died = slim("--delete-source-shards", code=DYING)

@@ -319,6 +319,7 @@ def train_sharded_until(folder: Path, steps: int, resume: bool, states: str) -> 
         torch.save(whole, folder / "weights.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2_resumes_exactly(states: str, tmp_path: Path):
     assert in_two_processes(train_sharded_until, tmp_path / "whole", 6, False, states) == [0, 0]
