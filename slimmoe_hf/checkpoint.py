@@ -90,9 +90,10 @@ def slim_checkpoint(
     config = load_config(opened.folder)
     plan.check()
     plan.check_fits(config)
-    parts = locate(config, opened.stored(), opened.name)
+    stored = opened.stored()
+    parts = locate(config, stored, opened.name)
     if isinstance(opened, LocalSource):
-        check_tied(config, opened.stored(), opened.folder)
+        check_tied(config, stored, opened.folder)
     if isinstance(opened, LocalSource) and not other_weights:
         samples = {name: sample(config, opened.folder, parts[name]) for name in sampled(config) & parts.keys()}
         _check_fingerprint(plan, samples)
