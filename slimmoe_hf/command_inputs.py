@@ -1,0 +1,69 @@
+"""What commands share: their required flags, the place they write to, the checkpoint and the text they read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from slimmoe_hf.atomic import refuse_existing, write_text
+from slimmoe_hf.data import load_documents
+from slimmoe_hf.families import family_of
+from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
+from slimmoe_hf.preflight import check_vocabulary
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if a command lacks an argument that it cannot do without."""
+    missing = [name for name in names if getattr(args, name) is None]
+    if missing:
+        raise ValueError(f"{args.command} needs {', '.join(missing)} (see slimmoe {args.command} --help)")
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """The place to write to, refused before any work if something is there."""
+    path = Path(args.output).expanduser()
+    if not args.overwrite:
+        refuse_existing(path)
+    return path
+
+
+def open_checkpoint(model: str, revision: str | None) -> tuple[Path, PreTrainedTokenizerBase]:
+    """A checkpoint that has been looked through, and its tokenizer."""
+    path = find_checkpoint(model, revision)
+    family_of(load_config(path))
+    verify_checkpoint(path)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(load_config(path), tokenizer, path)
+    return path, tokenizer
+
+
+def read_documents(args: argparse.Namespace) -> Dataset:
+    """The documents that `--data`, `--split` and `--data-revision` name."""
+    return load_documents(args.data, args.split, args.data_revision)
+
+
+def same_request(checkpoints: Path, request: dict[str, Any], overwrite: bool) -> None:
+    """Continue only what was begun with the same arguments, models and text."""
+    file = checkpoints / "request.json"
+    text = json.dumps(request, indent=2, sort_keys=True, default=str) + "\n"
+    if checkpoints.exists() and not overwrite:
+        if file.is_file() and file.read_text() == text:
+            return
+        raise ValueError(
+            f"{checkpoints}: holds checkpoints of another request. Give that one's arguments to continue it, --overwrite "
+            "to start over, or another --output."
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    write_text(file, text)
+
+
+def print_json(values: Any) -> None:
+    """An answer for scripts, on stdout."""
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
