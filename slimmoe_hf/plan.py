@@ -273,16 +273,9 @@ def make_plan(stats: ExpertStats, target: Target, criterion: str = "taylor", see
     Raises:
         ValueError: As `validate_target`; or an unknown criterion.
     """
-    if criterion not in CRITERIA:
-        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"criterion {criterion!r} is unknown; use one of {', '.join(CRITERIA)}.{hint}")
+    scores = ranking(stats, criterion, seed)
     config = AutoConfig.for_model(**copy.deepcopy(stats.meta.config))  # which writes into nested dicts
     before, after = shape_of(config), validate_target(config, target)
-    scores = CRITERIA[criterion](stats, seed)
-    unknown_LE = stats.tokens_LE == 0
-    scores_LEF = torch.where(unknown_LE.unsqueeze(-1), magnitude(stats).neurons_LEF, scores.neurons_LEF)
-    scores = Scores(scores_LEF, scores.groups_AG)
     neurons, groups = {}, {}
     if after.expert_width < before.expert_width:
         neurons = dict(zip(stats.meta.layers, _best(scores.neurons_LEF, after.expert_width), strict=True))
@@ -293,9 +286,24 @@ def make_plan(stats: ExpertStats, target: Target, criterion: str = "taylor", see
         loss=stats.meta.loss, model_sha256=stats.meta.model_sha256, fingerprint=stats.meta.fingerprint,
         data_sha256=stats.meta.data_sha256,
         stats_sha256=stats.sha256, teacher_sha256=stats.meta.teacher_sha256,
-        layers=_summaries(stats, scores, unknown_LE, neurons, groups),
+        layers=_summaries(stats, scores, stats.tokens_LE == 0, neurons, groups),
     )  # fmt: skip
     return CompressionPlan(meta, neurons, groups)
+
+
+def ranking(stats: ExpertStats, criterion: str, seed: int = 0) -> Scores:
+    """The scores that decide: the criterion's, and weight norms for the neurons of experts that no token reached.
+
+    Raises:
+        ValueError: An unknown criterion.
+    """
+    if criterion not in CRITERIA:
+        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"criterion {criterion!r} is unknown; use one of {', '.join(CRITERIA)}.{hint}")
+    scores = CRITERIA[criterion](stats, seed)
+    unknown_LE1 = (stats.tokens_LE == 0).unsqueeze(-1)
+    return Scores(torch.where(unknown_LE1, magnitude(stats).neurons_LEF, scores.neurons_LEF), scores.groups_AG)
 
 
 def _best(scores: Tensor, number: int) -> Tensor:
