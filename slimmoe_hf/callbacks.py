@@ -92,6 +92,7 @@ class SlimmingCallback(TrainerCallback):
         self.teacher_model, self.max_length, self.batch_size, self.seed = teacher_model, max_length, batch_size, seed
         self.given = CompressionPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.plan: CompressionPlan | None = None
+        self._pushing = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cut the model; no optimizer exists yet."""
@@ -230,6 +231,25 @@ class SlimmingCallback(TrainerCallback):
         _barrier()
         if _rank() == 0 and not isinstance(args, DistillationConfig):
             mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a plain Trainer push a model that generates with a cache, and a card that says by its tags what it is.
+
+        More cannot be had from here: its training arguments go along as a pickle, and the card is its own. `slimmoe push`
+        brings the same folder without the one and with a better other.
+        """
+        model = kwargs["model"]
+        model.add_model_tags(["moe", "pruning", "slimmoe"])
+        model.config.use_cache = self._pushing = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on training as before a push in between: without a cache."""
+        if self._pushing:
+            kwargs["model"].config.use_cache, self._pushing = args.use_cache, False
 
 
 def refuse_what_cannot_be_cut(model: Any) -> None:

@@ -21,7 +21,7 @@ from slimmoe_hf.disk import locate
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 
-_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 

@@ -5,16 +5,19 @@ Shape letters: L layers with experts, E experts, K experts per token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from slimmoe_hf.families import moe_layers
 
+logger = logging.getLogger(__name__)
 COLLAPSED = 0.1
 """An expert that gets less than this share of an even load is as good as dead (our choice)."""
 
@@ -79,3 +82,41 @@ def collapsed_experts(shares_LE: Tensor, threshold: float = COLLAPSED) -> list[t
     """`(row, expert)` of every expert below `threshold` of an even load, in layers where anything was counted."""
     starved_LE = (shares_LE < threshold) & (shares_LE.sum(dim=1, keepdim=True) > 0)
     return [(int(row), int(expert)) for row, expert in starved_LE.nonzero()]
+
+
+class LoadMonitor(RouterLoad):
+    """Expert load while a model trains, for its logs; warns, once, of every expert that starves."""
+
+    KEPT = 100
+    """Of how many logs of a run the whole matrix is kept: of a large model it is a hundred kilobytes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._starved: set[tuple[int, int]] = set()
+
+    def read(self, accelerator: Accelerator, state: TrainerState) -> tuple[dict[str, float], list[list[float]] | None]:
+        """The load since the last call, over all processes; every one of them must call this.
+
+        Args:
+            accelerator: Of the trainer.
+            state: Of the trainer.
+
+        Returns:
+            `router_load_min` and `router_load_max`, as multiples of an even load; and of every expert, `[L, E]`, where the
+            history is to keep it.
+        """
+        counts_LE = self.counts().to(accelerator.device)
+        self.clear()
+        shares_LE = load_shares(accelerator.reduce(counts_LE, reduction="sum"))
+        starved, known = set(collapsed_experts(shares_LE)), set(self._starved)
+        for row, expert in sorted(starved - known) if state.is_world_process_zero else ():
+            logger.warning(
+                "step %d: the router of layer %d sends expert %d only %.0f%% of an even load: it is collapsing. Lower "
+                "learning_rate, or set router_aux_loss_coef.",
+                state.global_step, self.layers[row], expert, 100 * float(shares_LE[row, expert]),
+            )  # fmt: skip
+        self._starved |= starved
+        kept = [entry["step"] for entry in state.log_history if "router_load" in entry]
+        due = not kept or state.global_step - kept[-1] >= state.max_steps / self.KEPT or bool(starved - known)
+        numbers = {"router_load_min": float(shares_LE.min()), "router_load_max": float(shares_LE.max())}
+        return numbers, [[round(share, 4) for share in row] for row in shares_LE.tolist()] if due else None

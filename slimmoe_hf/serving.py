@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import layer_views
@@ -71,14 +71,28 @@ def add_biases(model: PreTrainedModel) -> None:
     """Give a model the biases that engines expect, all zero, in place; nothing where it has them or needs none."""
     if not needs_biases(model.config):
         return
+    for linear in _without_bias(model):
+        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+    model.config.attention_bias = model.config.lm_head_bias = True
+
+
+def missing_biases(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The biases that `add_biases` would give a model, by name, for a model that is to stay as it is."""
+    if not needs_biases(model.config):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    return {
+        f"{names[id(linear)]}.bias": torch.zeros(linear.out_features, dtype=linear.weight.dtype)
+        for linear in _without_bias(model)
+    }
+
+
+def _without_bias(model: PreTrainedModel) -> list[Any]:
     linears: list[Any] = [model.get_output_embeddings()]
     for view in layer_views(model):
         attention: Any = view.attention
         linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    for linear in linears:
-        if linear.bias is None:
-            linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
-    model.config.attention_bias = model.config.lm_head_bias = True
+    return [linear for linear in linears if linear.bias is None]
 
 
 def write_serving_config(folder: Path) -> None:

@@ -32,8 +32,9 @@ from trl import SFTTrainer
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.losses import IGNORED, DistillationLoss, TokenLosses, load_balancing_loss
+from slimmoe_hf.publishing import PublishingTrainer
 from slimmoe_hf.resumption import ResumableTrainer
-from slimmoe_hf.routing import RouterLoad, collapsed_experts, load_shares
+from slimmoe_hf.routing import LoadMonitor
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.token_sums import TokenSums
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _TRAINING_KEYS = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
 
-class DistillationTrainer(ResumableTrainer, SFTTrainer):
+class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
     """Trains a student on the next-token distributions of a frozen teacher.
 
     Datasets, packing, completion-only loss, PEFT and saving are `SFTTrainer`'s. The loss of an optimizer step is
@@ -62,7 +63,7 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
     collator (as `packing=True` brings), rows that fill up the last batch are counted twice.
 
     A loss or gradient that is not finite stops training before the optimizer steps. An interrupted run resumes
-    exactly: see `ResumableTrainer`.
+    exactly: see `ResumableTrainer`. What `save_model` and `push_to_hub` publish: see `PublishingTrainer`.
 
     Example:
         ```python
@@ -116,13 +117,13 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
         self.teacher = LiveTeacher.load(
             teacher_model, args.device, _dict(args.teacher_model_init_kwargs), args.trust_remote_code
         )
+        self.teacher_name = str(self.teacher.model.config._name_or_path)
         self.teacher.check_vocabulary(config.vocab_size, tokenizer)
         self.distillation_loss = DistillationLoss(args.beta, args.temperature, args.loss_top_k, args.loss_add_tail)
         self._own_config = {key: value for key, value in config.to_dict().items() if key in _TRAINING_KEYS}
         self._train_sums, self._eval_sums = TokenSums(), TokenSums()
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
-        self._router_load: RouterLoad | None = None
-        self._starved: set[tuple[int, int]] = set()
+        self._router_load: LoadMonitor | None = None
         student = str(model) if isinstance(model, Path) else model
         super().__init__(student, args, processing_class=tokenizer, peft_config=peft_config, **sft_arguments)
         parallelism = self.accelerator.parallelism_config
@@ -138,7 +139,7 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
         if config.model_type in FAMILIES:
             inner = self._student()
             whole: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-            self._router_load = RouterLoad(whole)
+            self._router_load = LoadMonitor(whole)
 
     def compute_loss(
         self,
@@ -290,34 +291,18 @@ class DistillationTrainer(ResumableTrainer, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to a training log; the one place where sums leave the device."""
-        shares: list[list[float]] = []
+        load: list[list[float]] | None = None
         if "loss" in logs:
             means, tokens = self._train_sums.means(self.accelerator)
             before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
             logs |= {**means, "num_tokens": next(before, 0) + tokens}
-            shares = self._expert_load(logs)
+            if self._router_load is not None:
+                numbers, load = self._router_load.read(self.accelerator, self.state)
+                logs |= numbers
         super().log(logs, start_time)
-        if shares:  # for plots; the loggers of others take numbers only
+        if load is not None:  # for plots; the loggers of others take numbers only
             entry: dict[str, Any] = self.state.log_history[-1]
-            entry["router_load"] = shares
-
-    def _expert_load(self, logs: dict[str, float]) -> list[list[float]]:
-        """Every expert's load since the last log as a multiple of an even one, `[L, E]`; warns of starving experts."""
-        if self._router_load is None:
-            return []
-        counts_LE = self._router_load.counts().to(self.accelerator.device)
-        self._router_load.clear()
-        shares_LE = load_shares(self.accelerator.reduce(counts_LE, reduction="sum"))
-        logs |= {"router_load_min": float(shares_LE.min()), "router_load_max": float(shares_LE.max())}
-        starved = set(collapsed_experts(shares_LE))
-        for row, expert in sorted(starved - self._starved) if self.is_world_process_zero() else ():
-            logger.warning(
-                "step %d: the router of layer %d sends expert %d only %.0f%% of an even load: it is collapsing. Lower "
-                "learning_rate, or set router_aux_loss_coef.",
-                self.state.global_step, self._router_load.layers[row], expert, 100 * float(shares_LE[row, expert]),
-            )  # fmt: skip
-        self._starved |= starved
-        return [[round(share, 4) for share in row] for row in shares_LE.tolist()]
+            entry["router_load"] = load
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         config = vars(self._student().config)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_client import environment, serving
 from recipes import tiny_recipe, write_recipe
 from test_checkpoint import same_tensors, saved
 from tiny import tiny_batch, tiny_model
@@ -43,21 +39,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     saved(root / "someone" / "tiny-moe", model)
     stats = collect_stats(model, [tiny_batch()], progress=False)
     make_plan(stats, Target(expert_width=16)).save(root / "plan")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root), str(port)]
-    server = subprocess.Popen(command)
-    endpoint = f"http://127.0.0.1:{port}"
-    for _ in range(100):
-        try:
-            urllib.request.urlopen(f"{endpoint}/api/models/someone/tiny-moe", timeout=5)
-            break
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    yield root, endpoint
-    server.kill()
-    server.wait()
+    with serving(root) as endpoint:
+        yield root, endpoint
 
 
 @pytest.fixture
@@ -65,10 +48,7 @@ def slim(hub: tuple[Path, str], tmp_path: Path) -> Callable[..., subprocess.Comp
     """Run `slimmoe slim` in a process that has this hub and an empty cache."""
     root, endpoint = hub
     (root / "requests.log").write_text("")
-    environment = {
-        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "any", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0",
-    }  # fmt: skip
+    own = environment(endpoint, tmp_path / "home")
 
     def run(
         *argv: str, code: str = SLIM, model: str = "someone/tiny-moe", **changed: str
@@ -76,7 +56,7 @@ def slim(hub: tuple[Path, str], tmp_path: Path) -> Callable[..., subprocess.Comp
         given = ["slim", model, "--plan", str(root / "plan"), "--output", str(tmp_path / "out"), "--shard-size", "9KB"]
         return subprocess.run(
             [sys.executable, "-c", code, *given, *argv],
-            env=environment | changed,
+            env=own | changed,
             capture_output=True,
             text=True,
             timeout=100,

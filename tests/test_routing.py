@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import trainer_for
+from runs import trainer_for, unequal_rows
 from tiny import FAMILY_NAMES, NUM_EXPERTS, NUM_LAYERS, tiny_batch, tiny_model
 
 from slimmoe_hf.families import moe_layers
-from slimmoe_hf.routing import RouterLoad, collapsed_experts, load_shares
+from slimmoe_hf.routing import LoadMonitor, RouterLoad, collapsed_experts, load_shares
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -46,7 +46,7 @@ def test_training_logs_the_load_and_warns_of_a_collapse_once(tmp_path: Path, cap
         router.weight[3] = -100 * router.weight[:3].sum(0)
         router.weight[:3] = 0.01
     trainer = trainer_for(tmp_path, student=student, learning_rate=0.0)
-    with caplog.at_level(logging.WARNING, "slimmoe_hf.trainer"):
+    with caplog.at_level(logging.WARNING, "slimmoe_hf.routing"):
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "router_load" in entry]
     assert len(logged) == 2
@@ -58,3 +58,18 @@ def test_training_logs_the_load_and_warns_of_a_collapse_once(tmp_path: Path, cap
     said = [record.getMessage() for record in caplog.records if "collapsing" in record.getMessage()]
     assert len({text.split(":", 1)[1] for text in said}) == len(said) >= 1
     assert any("layer 1" in text for text in said)
+
+
+def test_a_long_run_keeps_some_matrices_and_every_new_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(LoadMonitor, "KEPT", 6)
+    trainer = trainer_for(tmp_path, max_steps=18, learning_rate=0.0, train_dataset=unequal_rows(2))
+    trainer.train()
+    history = trainer.state.log_history
+    kept = {entry["step"]: torch.tensor(entry["router_load"]) for entry in history if "router_load" in entry}
+    assert sum("router_load_min" in entry for entry in history) == 18
+    seen: set[tuple[int, int]] = set()
+    for step, load_LE in kept.items():
+        new = set(collapsed_experts(load_LE)) - seen
+        assert new or all(other >= step or step - other >= 3 for other in kept)
+        seen |= new
+    assert min(kept) == 1 and len(kept) <= 6 + len(seen)

@@ -1,0 +1,260 @@
+"""Model cards from plain data: metadata as the Hub takes it, Markdown, and the check that both hold together.
+
+What a card says is decided elsewhere (`run_card` for a run, `publishing` for a Trainer); here is how it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from slimmoe_hf.lineage import CARD, Base, is_hub_id
+
+MARK = "<!-- Written by slimmoe_hf. Delete this line and the card is yours: it will not be written again. -->"
+PLACE = "path/to/this/folder"
+TAGS = ("moe", "mixture-of-experts", "pruning", "distillation", "slimmoe")
+# What the cards that transformers, TRL and PEFT write have in them, and nobody's own.
+_AUTOMATIC = (MARK, "generated_from_trainer", "# Model Card for Model ID")
+PAPER = "https://arxiv.org/abs/2506.18349"
+CITATION = """```bibtex
+@inproceedings{li2025slimmoe,
+  title     = {SlimMoE: Structured Compression of Large MoE Models via Expert Slimming and Distillation},
+  author    = {Zichong Li and Chen Liang and Zixuan Zhang and Ilgee Hong and Young Jin Kim and Weizhu Chen and Tuo Zhao},
+  booktitle = {Conference on Language Modeling (COLM)},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2506.18349}
+}
+```"""
+_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)|<img[^>]+src=[\"']([^\"']+)")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
+
+
+def metadata(
+    name: str,
+    base: Base,
+    datasets: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
+    tags: Sequence[str] = TAGS,
+    adapter: bool = False,
+) -> ModelCardData:
+    """The card's YAML.
+
+    The Hub knows four relations to a base model: adapter, merge, quantized and finetune. A slimmed and distilled model
+    is none of the first three, and its weights were trained on from the base's, so it is a finetune; `pruning` and
+    `distillation` are among the tags.
+
+    Args:
+        name: Of the model, for its results.
+        base: What it was made from.
+        datasets: What it was trained on; names that are no Hub ids are left out.
+        results: Measured on the model itself.
+        tags: For the Hub's search.
+        adapter: Whether these are the weights of a PEFT adapter.
+    """
+    relation = None if base.hub_id is None else "adapter" if adapter else "finetune"
+    return ModelCardData(
+        base_model=base.hub_id, base_model_relation=relation, language=base.languages or None,
+        license=base.license, license_name=base.license_name, license_link=base.license_link,  # type: ignore[arg-type]
+        library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
+        datasets=[dataset for dataset in datasets if is_hub_id(dataset)] or None, tags=list(tags),
+        model_name=name, eval_results=list(results) or None,
+    )  # fmt: skip
+
+
+def assemble(data: ModelCardData, title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """The whole README.md.
+
+    Args:
+        data: From `metadata`.
+        title: The first heading.
+        sections: Heading and text of each; the first heading may be empty, and sections without text are left out.
+    """
+    parts = [f"---\n{data.to_yaml()}\n---", MARK, f"# {title}"]
+    for heading, text in sections:
+        if text.strip():
+            parts += [f"## {heading}", text.strip()] if heading else [text.strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def may_be_written(file: Path) -> bool:
+    """Whether a card may be (over)written: there is none, or it was written by a program and not by a person."""
+    return not file.is_file() or any(sign in file.read_text(encoding="utf-8") for sign in _AUTOMATIC)
+
+
+def amended(text: str, repo: str, base: Base | None, license: str | None) -> str:
+    """A card that `slimmoe_hf` wrote, with what was not known then: the repository, the original model, the licence.
+
+    Args:
+        text: The whole README.md.
+        repo: The Hub id that it is published under.
+        base: The original model, where the user names it.
+        license: The licence, where the user names it.
+    """
+    old = ModelCard(text)
+    data, body = old.data, old.text.replace(f'"{PLACE}"', f'"{repo}"')
+    if base is not None and base.hub_id is not None:
+        data["base_model"] = base.hub_id
+        data["base_model_relation"] = "adapter" if data["library_name"] == "peft" else "finetune"
+    if license is not None:
+        data["license"], data["license_name"], data["license_link"] = license, None, None
+        said = license_text(Base(repo, license=license), license)
+        body = re.sub(r"(?ms)^## Licence\n.*?(?=^## |\Z)", f"## Licence\n\n{said}\n\n", body)
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def check_card(text: str, names: Collection[str]) -> None:
+    """What can be checked of a card without the Hub, which checks it again.
+
+    Args:
+        text: The whole README.md.
+        names: Every file of its folder, relative to it.
+
+    Raises:
+        ValueError: The metadata cannot be read or has a value of the wrong kind; or an image that it shows is not there.
+    """
+    try:
+        values = ModelCard(text, ignore_metadata_errors=False).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{CARD}: its metadata cannot be read: {' '.join(str(error).split())[:200]}") from error
+    for key in ("library_name", "pipeline_tag", "license_name", "base_model_relation"):
+        if not isinstance(values.get(key, ""), str):
+            raise ValueError(f"{CARD}: {key} in its metadata is {values[key]!r}; it must be one word or name.")
+    for key in ("license", "base_model", "datasets", "tags", "language"):
+        found = values.get(key, [])
+        if not all(isinstance(item, str) for item in (found if isinstance(found, list) else [found])):
+            raise ValueError(f"{CARD}: {key} in its metadata is {found!r}; it must be a name or a list of names.")
+    if missing := [image for image in images_of(text) if image not in set(names)]:
+        raise ValueError(
+            f"{CARD}: it shows {missing[0]}, which is not in the folder. Bring the image, or drop the link."
+        )
+
+
+def images_of(text: str) -> list[str]:
+    """The images that a card shows, as paths relative to it; those from elsewhere on the web are not among them."""
+    found = [markdown or html for markdown, html in _IMAGE.findall(text)]
+    return [image.removeprefix("./") for image in found if "://" not in image and not image.startswith("data:")]
+
+
+def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table whose first row is its heading.
+
+    Args:
+        rows: Cells; a `|` in them is escaped.
+        numbers: Whether every column but the first is set flush right.
+    """
+    rule = ["---", *(["---:" if numbers else "---"] * (len(rows[0]) - 1))]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
+
+
+def escape(text: str) -> str:
+    """Text that Markdown would take for its own, such as what a model wrote, to be shown as it is on one line."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return _SPECIAL.sub(r"\\\1", " ".join(printable.split()))
+
+
+def count(number: int) -> str:
+    """A number of parameters in three digits: `41.9B`, `1.99M`."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            scaled = number / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{unit}"
+    return str(number)
+
+
+def loading_code(repo: str | None, prompt: str) -> str:
+    """How to load the model and have it write, as a Markdown block.
+
+    Args:
+        repo: Its Hub id; None where it has none yet.
+        prompt: What it is to continue.
+    """
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{repo or PLACE}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+
+prompt = {prompt!r}
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
+
+def adapter_code(repo: str | None, base: Base) -> str:
+    """How to load a PEFT adapter, as a Markdown block.
+
+    Args:
+        repo: Its Hub id; None where it has none yet.
+        base: The model that it adapts.
+    """
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base.hub_id or "path/to/the/model"}", dtype="auto")
+model = PeftModel.from_pretrained(model, "{repo or PLACE}")
+```"""
+
+
+def license_text(base: Base, license: str | None) -> str:
+    """The card's words on its licence.
+
+    Args:
+        base: The original model, its licence the one that the card names.
+        license: What the user named, if anything.
+    """
+    if base.license is None:
+        return (
+            f"The card of `{base.name}` names no licence, or could not be read, so this card names none. The terms of "
+            f"`{base.name}` apply to what was made from it: look them up before you use this model."
+        )
+    named = base.license if isinstance(base.license, str) else ", ".join(base.license)
+    link = f" ([{base.license_name or named}]({base.license_link}))" if base.license_link else ""
+    origin = (
+        "as whoever made this model says" if license is not None else f"carried over from the card of `{base.name}`"
+    )
+    return f"{named}{link}, {origin}."
+
+
+def word(value: Any) -> str:
+    """A setting as it is written in a recipe; transformers' defaults are enumerations."""
+    return str(value).rsplit(".", 1)[-1].lower()
+
+
+def loss_in_words(said: Mapping[str, Any]) -> str:
+    """What was minimised, from the arguments of a `DistillationConfig`."""
+    kinds = {0.0: "forward KL", 1.0: "reverse KL"}
+    kind = kinds.get(float(said["beta"]), f"JSD ({said['beta']:g})")
+    top = f", top {said['loss_top_k']}" if said["loss_top_k"] else ""
+    parts = [f"{_weight(said['distillation_weight'])}{kind}{top}, T = {said['temperature']:g}"]
+    if said["crossentropy_weight"]:
+        parts.append(f"{_weight(said['crossentropy_weight'])}cross-entropy")
+    return " + ".join(parts)
+
+
+def _weight(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:g} to {value[1]:g} x "
+    return "" if float(value) == 1.0 else f"{float(value):g} x "
+
+
+def plan_text(folder: Path) -> str:
+    """What a plan beside the weights says of the cut, in a sentence; nothing where there is none that can be read."""
+    try:
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        before, after, criterion = plan["before"], plan["after"], plan["criterion"]
+        cut = [f"every expert from {before['expert_width']:,} to {after['expert_width']:,} neurons"]
+        if before["kv_groups"] != after["kv_groups"]:
+            cut.append(f"attention from {before['kv_groups']} to {after['kv_groups']} key/value groups")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"It was slimmed: {', '.join(cut)}, chosen by `{criterion}`; `{folder.name}/` says which stayed."
