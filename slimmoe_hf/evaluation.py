@@ -1,10 +1,10 @@
-"""Measure a checkpoint as it lies on disk: held-out loss, bits per byte, agreement, speed, size, samples.
+"""Measure a checkpoint as it lies on disk: held-out loss, agreement, expert load, speed, memory, size, samples.
 
 Anyone can recompute the loss with plain transformers: tokenise every document of the split, end each with the
 end-of-text token, concatenate, cut into rows of T tokens (the rest is dropped), and take the mean cross-entropy over
 the T - 1 predicted tokens of every row.
 
-Shape letters: N rows, T tokens per row, V vocabulary.
+Shape letters: N rows, T tokens per row, V vocabulary, L layers with experts, E experts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimmoe_hf.data import document_text, take_tokens, tokenize, tokenize_document
-from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.families import FAMILIES, moe_layers, shape_of
 from slimmoe_hf.loading import load_model, weight_bytes, weights_sha256
+from slimmoe_hf.routing import RouterLoad, load_shares
+from slimmoe_hf.throughput import measure_speed, synchronise
+
+PROMPT, NEW_TOKENS = 256, 32
+"""How long a prompt is read and how much is decoded after it, one row at a time, to measure speed (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,26 @@ class HeldOut:
         return loss / math.log(2) * self.stream_tokens / self.stream_bytes
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over held-out rows finds.
+
+    Attributes:
+        loss: Mean nats per predicted token.
+        tokens_per_second: Median over the batches of a forward pass.
+        agreement: Share of positions where the teacher's likeliest token is the model's too; None without a teacher.
+        router_layers: Which decoder layers have experts.
+        router_load: Tokens that each expert was given, `[L, E]`, as multiples of an even load; empty for families that
+            are not in `FAMILIES`.
+    """
+
+    loss: float
+    tokens_per_second: float
+    agreement: float | None
+    router_layers: list[int]
+    router_load: list[list[float]]
+
+
 class Measurement(BaseModel):
     """What `evaluate_checkpoint` finds.
 
@@ -66,6 +92,9 @@ class Measurement(BaseModel):
         loss: Mean nats per predicted token. bits_per_byte: See `HeldOut.bits_per_byte`.
         tokens_per_second: Median over the batches of a forward pass.
         agreement: Share of positions where the teacher's likeliest token is the model's too; None without a teacher.
+        router_layers, router_load: See `Sweep`.
+        prefill_tokens_per_second, decode_tokens_per_second: One row: a held-out prompt of at most `PROMPT` tokens, and
+            `NEW_TOKENS` after it. peak_memory: Bytes that this takes, weights included. See `Speed`.
         samples: Greedy continuations.
     """
 
@@ -80,6 +109,16 @@ class Measurement(BaseModel):
     agreement: float | None = None
     weights_sha256: str
     samples: list[str] = []
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_memory: int | None = None
+    router_layers: list[int] = []
+    router_load: list[list[float]] = []
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`, per token: models with different tokenizers cannot be compared by it."""
+        return math.exp(self.loss)
 
 
 def held_out(
@@ -114,7 +153,7 @@ def measure_loss(
     batch_size: int = 8,
     teacher: PreTrainedModel | None = None,
     progress: bool = True,
-) -> tuple[float, float, float | None]:
+) -> Sweep:
     """Sweep a model over held-out rows.
 
     Args:
@@ -124,21 +163,20 @@ def measure_loss(
         teacher: Compare the likeliest tokens with this model's.
         progress: Show a progress bar.
 
-    Returns:
-        `(loss, tokens_per_second, agreement)` as in `Measurement`.
-
     Raises:
         ValueError: The loss is not finite.
     """
     nats, agreed, speeds = 0.0, 0, []
+    load = RouterLoad(model) if model.config.model_type in FAMILIES else None
     batches = rows_NT.split(batch_size)
     shown = progress and get_console().is_terminal
     for batch_NT in track(batches, "Evaluating", disable=not shown, transient=True):
         ids_NT = batch_NT.to(model.device)
-        _synchronise(model.device)
-        started = time.perf_counter()
-        logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
-        _synchronise(model.device)
+        with load.counting() if load is not None else nullcontext():
+            synchronise(model.device)
+            started = time.perf_counter()
+            logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+            synchronise(model.device)
         speeds.append(ids_NT.numel() / (time.perf_counter() - started))
         for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True):  # row by row: no second tensor of N x T x V
             nats += F.cross_entropy(logits_TV[:-1].float(), ids_T[1:], reduction="sum").item()
@@ -148,7 +186,14 @@ def measure_loss(
     predicted = rows_NT.shape[0] * (rows_NT.shape[1] - 1)
     if not math.isfinite(nats):
         raise ValueError("the held-out loss is not finite: the weights or their products overflow in this dtype.")
-    return nats / predicted, statistics.median(speeds), agreed / predicted if teacher is not None else None
+    shares: list[list[float]] = load_shares(load.counts()).tolist() if load is not None else []
+    return Sweep(
+        loss=nats / predicted,
+        tokens_per_second=statistics.median(speeds),
+        agreement=agreed / predicted if teacher is not None else None,
+        router_layers=load.layers if load is not None else [],
+        router_load=[[round(share, 4) for share in row] for row in shares],
+    )
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -216,22 +261,18 @@ def evaluate_checkpoint(
         progress: Show a progress bar.
     """
     model = load_model(path, dtype=dtype, device=device)
-    loss, speed, agreement = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
+    swept = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
+    speed = measure_speed(model, data.rows_NT[:1, :PROMPT], NEW_TOKENS)
     total, active = count_parameters(model)
     return Measurement(
         total_parameters=total,
         active_parameters=active,
         bytes=weight_bytes(path),
-        loss=loss,
-        bits_per_byte=data.bits_per_byte(loss),
-        tokens_per_second=speed,
-        agreement=agreement,
+        bits_per_byte=data.bits_per_byte(swept.loss),
         weights_sha256=weights_sha256(path),
         samples=generate_text(model, tokenizer, prompts, max_new_tokens),
+        prefill_tokens_per_second=speed.prefill_tokens_per_second,
+        decode_tokens_per_second=speed.decode_tokens_per_second,
+        peak_memory=speed.peak_memory,
+        **vars(swept),
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    """Wait for the device, so that a clock means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

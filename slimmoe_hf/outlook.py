@@ -160,6 +160,8 @@ class _Outlook:
             found.append(self._distil(number, stage, after, arguments))
             found.append(self._evaluate(f"stage-{number}/distilled/evaluate", after))
             config = after
+        if tasks := self.recipe.evaluation.tasks:
+            found.append(Step("tasks", f"{', '.join(tasks)}, teacher and last model; time not estimated", 0, 0, 0, 0))
         size = parameter_counts(config).bytes(self.dtype)
         found.append(Step("publish", "copy the last stage's model", 0, 0, size, size / _WRITE))
         return found
@@ -321,5 +323,5 @@ def _size(size: int) -> str:
 
 def _time(seconds: float) -> str:
     if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
+        return f"{max(seconds, 1):.0f} s" if seconds else ""
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

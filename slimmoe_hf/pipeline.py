@@ -24,14 +24,17 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
 from slimmoe_hf.evaluation import evaluate_checkpoint
+from slimmoe_hf.harness import TaskResult, TaskSet, load_tasks
+from slimmoe_hf.hub import complete_folder
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
+from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.outlook import MACHINES, check_room, outlook, shown_steps, this_machine
 from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import Inputs, check, device, free_disk, is_remote, outline, read_text, stage_arguments
 from slimmoe_hf.progress import TrainingProgress
-from slimmoe_hf.recipe import Recipe, Stage, load_recipe, memory_bytes
-from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme, shown
+from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, memory_bytes
+from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
 from slimmoe_hf.serving import add_biases, write_serving_config
@@ -71,12 +74,15 @@ def run_recipe(
     with claim(folder, recipe, overwrite) as run:
         if run.state == "finished":
             get_console().log(f"{folder}: this run is finished; nothing to do", markup=False)
+            if not (folder / "model" / "README.md").exists():  # stopped between the report and the card
+                complete_folder(folder)
             return Report.load(folder / REPORT)
         inputs = _look_ahead(recipe, folder, dry_run, machine)
         if inputs is None:
             return None
+        tasks = _tasks(recipe.evaluation)
         run.begin(recipe, inputs.hashes, torch.get_num_threads())
-        return _Pipeline(recipe, inputs, run).run()
+        return _Pipeline(recipe, inputs, run, tasks).run()
 
 
 def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None) -> Inputs | None:
@@ -96,6 +102,14 @@ def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None
     if inputs is None:
         get_console().print(f"Not looked at, because it is on the Hub: {', '.join(remote)}", highlight=False)
     return None if dry_run else inputs
+
+
+def _tasks(evaluation: Evaluation) -> TaskSet | None:
+    """The benchmarks that a recipe asks for, their data loaded: what is missing is found before any work."""
+    if not evaluation.tasks:
+        return None
+    folder = Path(evaluation.task_path) if evaluation.task_path is not None else None
+    return load_tasks(evaluation.tasks, folder, evaluation.num_fewshot, evaluation.task_limit)
 
 
 def distil(
@@ -186,9 +200,10 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 class _Pipeline:
     """The steps of one run."""
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, run: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, inputs: Inputs, run: RunFolder, tasks: TaskSet | None) -> None:
         self.recipe = recipe
         self.inputs = inputs
+        self.tasks = tasks
         self.step = run.step
         self.folder = run.path
         self.seconds = run.seconds
@@ -200,8 +215,14 @@ class _Pipeline:
         for number, stage in enumerate(self.recipe.stages, 1):
             models += self._stage(number, stage, source)
             source = self.folder / f"stage-{number}" / "model"
+        if self.tasks is not None:
+            found = self.step("tasks", [], lambda: self._put_to_tasks(self.inputs.teacher, source))
+            models[0] = _with_tasks(models[0], found["teacher"])
+            models[-1] = _with_tasks(models[-1], found["model"])
         self.step("publish", ["model"], lambda: self._publish(source))
-        return self._report(models)
+        report = self._report(models)
+        complete_folder(self.folder)
+        return report
 
     def _stage(self, number: int, stage: Stage, source: Path) -> list[ModelReport]:
         """Score, plan, slim, distil; the slimmed and the distilled model, measured."""
@@ -291,6 +312,15 @@ class _Pipeline:
         place = {"name": name, "path": where, "stage": stage, "step": step}
         return ModelReport.model_validate({**place, **found, **origin, "teacher_sha256": self.inputs.hashes["teacher"]})
 
+    def _put_to_tasks(self, teacher: Path, model: Path) -> Result:
+        assert self.tasks is not None
+        rows, place, dtype = self.recipe.evaluation.batch_size, device(), self._evaluation_dtype()
+        both = {"teacher": teacher, "model": model}
+        return {
+            name: [result.model_dump() for result in self.tasks.run(path, rows, place, dtype)]
+            for name, path in both.items()
+        }
+
     def _evaluation_dtype(self) -> str:
         """float32 on a CPU, which is slow in less; elsewhere what the model is published in."""
         return "float32" if device().type == "cpu" else self.inputs.dtype
@@ -314,6 +344,10 @@ class _Pipeline:
             threads=torch.get_num_threads(),
             version=slimmoe_hf.__version__,
         )  # fmt: skip
-        write_text(self.folder / "README.md", readme(report, shown(self.recipe.model)))
+        write_text(self.folder / "README.md", readme(report, public_name(self.recipe.model)))
         write_text(self.folder / REPORT, report.model_dump_json(indent=2) + "\n")
         return report
+
+
+def _with_tasks(model: ModelReport, found: list[Result]) -> ModelReport:
+    return model.model_copy(update={"tasks": [TaskResult.model_validate(result) for result in found]})

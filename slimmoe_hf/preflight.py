@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
@@ -224,14 +225,7 @@ def training_arguments(
         ValueError: Transformers, TRL or we refuse a value.
     """
     given = {"report_to": "none", "disable_tqdm": True, "save_total_limit": 2, **given}
-    for field in dataclasses.fields(DistillationConfig):
-        if isinstance(field.default, int | float) and isinstance(given.get(field.name), str):
-            raise ValueError(f"{where}: {field.name}={given[field.name]!r} is not a number (or true, or false).")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if given.get(name, 1) < 1:
-            raise ValueError(f"{where}: {name}={given[name]!r} should be 1 or more.")
-    if given.get("learning_rate", 0.0) < 0:
-        raise ValueError(f"{where}: learning_rate={given['learning_rate']!r} should not be negative.")
+    check_values(DistillationConfig, given, where)
     try:
         return DistillationConfig(
             output_dir=str(folder), seed=seed, max_length=max_length, packing=False,
@@ -239,6 +233,18 @@ def training_arguments(
         )  # fmt: skip
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def check_values(config: type[SFTConfig], given: dict[str, Any], where: str) -> None:
+    """Raise ValueError for values of training arguments that transformers would stumble over later, or never."""
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, int | float) and isinstance(given.get(field.name), str):
+            raise ValueError(f"{where}: {field.name}={given[field.name]!r} is not a number (or true, or false).")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"{where}: {name}={given[name]!r} should be 1 or more.")
+    if given.get("learning_rate", 0.0) < 0:
+        raise ValueError(f"{where}: learning_rate={given['learning_rate']!r} should not be negative.")
 
 
 def stage_arguments(recipe: Recipe, number: int, folder: Path = Path("unused")) -> DistillationConfig:

@@ -140,6 +140,9 @@ class Evaluation(_Strict):
         batch_size: Rows at a time; the loss does not depend on it.
         prompts: What the samples of generated text continue; None takes the openings of the split's first documents.
         max_new_tokens: How many tokens each sample has.
+        tasks: Benchmarks that teacher and last model are put to, by the names of lm-evaluation-harness.
+        task_path: Folder of task YAML files of your own. num_fewshot: Examples in the prompt; None is each task's own
+            number. task_limit: Only the first so many questions of every task.
     """
 
     split: Literal["test", "validation"] = "test"
@@ -148,6 +151,10 @@ class Evaluation(_Strict):
     batch_size: Count = 8
     prompts: list[str] | None = None
     max_new_tokens: Count = 32
+    tasks: list[str] = []
+    task_path: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    task_limit: Count | None = None
 
 
 class Recipe(_Strict):
@@ -223,7 +230,10 @@ def load_recipe(path: str | Path) -> Recipe:
     if recipe.accelerate is not None and not Path(found["accelerate"]).is_file():
         raise ValueError(f"{path}: accelerate: {recipe.accelerate}: no such file. `accelerate config` writes one.")
     data = recipe.data.model_copy(update={"source": _find(recipe.data.source, path.parent)})
-    return recipe.model_copy(update={**found, "data": data})
+    evaluation = recipe.evaluation
+    if evaluation.task_path is not None:
+        evaluation = evaluation.model_copy(update={"task_path": _find(evaluation.task_path, path.parent)})
+    return recipe.model_copy(update={**found, "data": data, "evaluation": evaluation})
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:

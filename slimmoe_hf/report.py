@@ -5,13 +5,18 @@ Anyone can recompute the numbers with plain transformers; `slimmoe_hf.evaluation
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Group
 from rich.table import Table
 
 from slimmoe_hf.evaluation import Measurement
+from slimmoe_hf.harness import TaskResult
+
+_Rows = list[tuple[str, ...]]
 
 
 class ModelReport(Measurement):
@@ -23,6 +28,7 @@ class ModelReport(Measurement):
         teacher_sha256: Hash of the weight files of the original model, which every stage learns from.
         scored_sha256: Of a slimmed model: hash of the weight files of the model that was scored and cut.
         stats_sha256, plan_sha256: Of a slimmed model: what decided.
+        tasks: What benchmark tasks gave, where some were run.
     """
 
     name: str
@@ -33,6 +39,7 @@ class ModelReport(Measurement):
     scored_sha256: str | None = None
     stats_sha256: str | None = None
     plan_sha256: str | None = None
+    tasks: list[TaskResult] = Field(default_factory=list)
 
 
 class EvaluationReport(BaseModel):
@@ -95,8 +102,26 @@ class Report(BaseModel):
                 f"{path}: not a report of this version ({error.error_count()} fields do not fit)."
             ) from None
 
+    def with_tasks(self, found: Mapping[str, Sequence[TaskResult]]) -> Report:
+        """The report with task results added.
 
-def _rows(report: Report) -> list[tuple[str, ...]]:
+        Args:
+            found: By the name of the model. They take the place of earlier results of the same task, metric and settings.
+        """
+        models = [
+            model.model_copy(update={"tasks": merge_tasks(model.tasks, found.get(model.name, []))})
+            for model in self.models
+        ]
+        return self.model_copy(update={"models": models})
+
+
+def merge_tasks(before: Sequence[TaskResult], found: Sequence[TaskResult]) -> list[TaskResult]:
+    """Earlier results, those that were found anew replaced."""
+    kept = [result for result in before if not any(result.same_question(new) for new in found)]
+    return [*kept, *found]
+
+
+def _rows(report: Report) -> _Rows:
     """The headings, then a row a model."""
     headings = ("model", "parameters", "active", "file", f"{report.evaluation.split} loss", "bits/byte", "tokens/s")
     rows = [
@@ -109,17 +134,62 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
     return [headings, *rows]
 
 
-def table(report: Report) -> Table:
-    """Sizes, losses and speeds of all models of a run."""
+def task_rows(found: Mapping[str, Sequence[TaskResult]]) -> _Rows:
+    """Task results side by side: the headings, then a row for every task, metric and setting; none without results.
+
+    Args:
+        found: By the name of the model.
+    """
+    questions: list[TaskResult] = []
+    for results in found.values():
+        questions += [result for result in results if not any(result.same_question(other) for other in questions)]
+    rows: _Rows = [("task", "metric", *found)] if questions else []
+    for question in questions:
+        limit = f", first {question.limit}" if question.limit is not None else ""
+        arrow = {True: " \u2191", False: " \u2193", None: ""}[question.higher_is_better]
+        values = [
+            next((_value(result) for result in results if result.same_question(question)), "-")
+            for results in found.values()
+        ]
+        name = f"{'- ' if question.group else ''}{question.task} ({question.num_fewshot}-shot{limit})"
+        rows.append((name, question.metric + arrow, *values))
+    return rows
+
+
+def _value(result: TaskResult) -> str:
+    value = f"{result.value:,.4f}" if abs(result.value) < 100 else f"{result.value:,.1f}"
+    return value if result.stderr is None else f"{value} \u00b1 {result.stderr:.4f}"
+
+
+def _tasks(report: Report) -> _Rows:
+    return task_rows({model.name: model.tasks for model in report.models if model.tasks})
+
+
+def table(report: Report) -> Group:
+    """Sizes, losses and speeds of all models of a run; below, what benchmark tasks gave, where some were run."""
     evaluation = report.evaluation
     title = f"{evaluation.data}, {evaluation.split}: {evaluation.tokens:,} tokens"
+    tables = [aligned(_rows(report), title)]
+    if rows := _tasks(report):
+        tables.append(aligned(rows, "\ntasks", left=2))
+    return Group(*tables)
+
+
+def aligned(rows: _Rows, title: str, left: int = 1) -> Table:
+    """Rows under their headings for a terminal, numbers to the right.
+
+    Args:
+        rows: The headings first.
+        title: Above them.
+        left: How many columns, from the first, are text.
+    """
     result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    headings, *rows = _rows(report)
+    headings, *lines = rows
     for number, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "left" if number == 0 else "right"
+        justify: Literal["left", "right"] = "left" if number < left else "right"
         result.add_column(heading, justify=justify, no_wrap=True)
-    for row in rows:
-        result.add_row(*row)
+    for line in lines:
+        result.add_row(*line)
     return result
 
 
@@ -132,21 +202,15 @@ def samples(report: Report) -> list[str]:
     return lines
 
 
-def shown(model: str) -> str:
-    """A model as others may see it: a Hub id as it is, of a local folder the last two names."""
-    return "/".join(Path(model).parts[-2:])
-
-
 def readme(report: Report, model: str) -> str:
     """The README of a run's folder: what it holds, the table, how to load the result.
 
     Args:
         report: The run.
-        model: What was slimmed, as `shown` names it.
+        model: What was slimmed, as `slimmoe_hf.lineage.public_name` shows it.
     """
-    headings, *rows = _rows(report)
-    rule = ("---", *["---:"] * (len(headings) - 1))
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))
+    lines = markdown(_rows(report))
+    tasks = f"\n{markdown(rows, left=2)}\n" if (rows := _tasks(report)) else ""
     evaluation = report.evaluation
     return f"""# {model}, slimmed
 
@@ -157,7 +221,7 @@ distilled from the original model. The licence of `{model}` applies.
 
 Loss in nats per predicted token, measured on the {evaluation.split} split of `{evaluation.data}`: {evaluation.tokens:,} tokens in
 blocks of {evaluation.max_length}. `report.json` has every number, `recipe.yaml` what was run.
-
+{tasks}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -165,3 +229,15 @@ model = AutoModelForCausalLM.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 ```
 """
+
+
+def markdown(rows: _Rows, left: int = 1) -> str:
+    """Rows under their headings in Markdown, numbers to the right.
+
+    Args:
+        rows: The headings first.
+        left: How many columns, from the first, are text.
+    """
+    headings, *lines = rows
+    rule = (*["---"] * left, *["---:"] * (len(headings) - left))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,47 @@ def test_loss_equals_an_independent_recomputation(checkpoint: Path):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_loss_does_not_depend_on_the_batch_size(family: str):
     model, rows = tiny_model(family), held_out(some_documents(), tiny_tokenizer(), 32).rows_NT
-    losses = [measure_loss(model, rows, size, progress=False)[0] for size in (1, 3, len(rows))]
+    losses = [measure_loss(model, rows, size, progress=False).loss for size in (1, 3, len(rows))]
     assert max(losses) - min(losses) < 2e-6
 
 
 def test_agreement_is_one_with_itself_and_less_with_another():
     model, rows = tiny_model("mixtral"), held_out(some_documents(), tiny_tokenizer(), 32).rows_NT
-    assert measure_loss(model, rows, teacher=model, progress=False)[2] == 1.0
-    other = measure_loss(model, rows, teacher=tiny_model("mixtral", seed=1), progress=False)[2]
+    assert measure_loss(model, rows, teacher=model, progress=False).agreement == 1.0
+    other = measure_loss(model, rows, teacher=tiny_model("mixtral", seed=1), progress=False).agreement
     assert other is not None and other < 0.2
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_router_load_equals_the_choices_counted_one_by_one(family: str):
+    model, rows = tiny_model(family), held_out(some_documents(), tiny_tokenizer(), 32).rows_NT
+    found = measure_loss(
+        model, rows, batch_size=3, teacher=model, progress=False
+    )  # the teacher's routing does not count
+    layers = [layer for layer in model.model.layers if any("experts" in name for name, _ in layer.named_modules())]
+    chosen: list[list[int]] = [[] for _ in layers]
+    for number, layer in enumerate(layers):
+        router = dict(layer.named_modules())["mlp.router" if family == "phimoe" else "mlp.gate"]
+        router.register_forward_hook(
+            lambda _m, _i, output, row=number: chosen[row].extend(output[2].flatten().tolist())
+        )
+    with torch.no_grad():
+        model(input_ids=rows)
+    for load, choices in zip(found.router_load, chosen, strict=True):
+        assert load == [round(choices.count(expert) * 4 / len(choices), 4) for expert in range(4)]
+    assert found.router_layers == [index for index, layer in enumerate(model.model.layers) if layer in layers]
+
+
+def test_a_measurement_has_speed_memory_and_load(checkpoint: Path):
+    tokenizer = tiny_tokenizer()
+    found = evaluate_checkpoint(checkpoint, held_out(some_documents(), tokenizer, 48), tokenizer, progress=False)
+    assert found.prefill_tokens_per_second is not None and found.prefill_tokens_per_second > 0
+    assert found.decode_tokens_per_second is not None and found.decode_tokens_per_second > 0
+    if sys.platform == "linux":
+        assert found.peak_memory is not None and found.peak_memory > found.total_parameters * 4
+    assert found.router_layers == [0, 1] and [len(row) for row in found.router_load] == [4, 4]
+    assert all(sum(row) == pytest.approx(4, abs=2e-4) for row in found.router_load)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

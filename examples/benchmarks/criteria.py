@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> dict:
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
-        "teacher_loss": measure_loss(teacher, test.rows_NT)[0],
+        "teacher_loss": measure_loss(teacher, test.rows_NT).loss,
         "test_tokens": test.tokens,
         "calibration_tokens": args.tokens,
         "expert_width": width,
@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict:
                 for kept in args.widths:
                     plan = make_plan(stats, Target(expert_width=kept), criterion, seed)
                     slimmed = apply_plan(copy.deepcopy(teacher), plan)
-                    nats = measure_loss(slimmed, test.rows_NT)[0]
+                    nats = measure_loss(slimmed, test.rows_NT).loss
                     row = {"criterion": criterion, "loss": loss, "width": kept, "seed": seed, "test_loss": nats}
                     result["rows"].append({**row, "scoring_seconds": round(seconds, 1)})
     return result

