@@ -13,10 +13,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from slimmoe_hf.atomic import refuse_existing, write_text
-from slimmoe_hf.data import load_documents
+from slimmoe_hf.data import load_documents, take_tokens, tokenize
 from slimmoe_hf.families import family_of
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.preflight import check_vocabulary
+from slimmoe_hf.recipe import memory_bytes
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
@@ -47,6 +48,22 @@ def open_checkpoint(model: str, revision: str | None) -> tuple[Path, PreTrainedT
 def read_documents(args: argparse.Namespace) -> Dataset:
     """The documents that `--data`, `--split` and `--data-revision` name."""
     return load_documents(args.data, args.split, args.data_revision)
+
+
+def training_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The tokenised rows that a training with these data flags sees."""
+    documents = read_documents(args)
+    if args.tokens is not None:
+        documents = take_tokens(documents.shuffle(seed=args.seed), args.tokens, tokenizer)
+    return tokenize(documents, tokenizer, args.max_length, args.packing)
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    """`--shard-size` as a number."""
+    try:
+        return memory_bytes(args.shard_size)
+    except ValueError:
+        raise ValueError(f"--shard-size {args.shard_size}: not a size. Write it as 500MB or 1GB.") from None
 
 
 def same_request(checkpoints: Path, request: dict[str, Any], overwrite: bool) -> None:

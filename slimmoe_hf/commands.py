@@ -20,12 +20,21 @@ from rich.console import Console
 from rich.table import Table
 
 import slimmoe_hf
-from slimmoe_hf import eval_command, finetune_command, plot_command, push_command, size_command
+from slimmoe_hf import cache_command, eval_command, finetune_command, plot_command, push_command, size_command
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.command_inputs import open_checkpoint, output_path, print_json, read_documents, require, same_request
-from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, take_tokens, tokenize
+from slimmoe_hf.command_inputs import (
+    open_checkpoint,
+    output_path,
+    print_json,
+    read_documents,
+    require,
+    same_request,
+    shard_bytes,
+    training_rows,
+)
+from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.loading import (
     find_checkpoint,
@@ -37,7 +46,6 @@ from slimmoe_hf.loading import (
 from slimmoe_hf.pipeline import distil, run_recipe, save_checkpoint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, device, training_arguments
-from slimmoe_hf.recipe import memory_bytes
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.stats import ExpertStats
 
@@ -137,7 +145,7 @@ def _show(folders: list[str], as_json: bool) -> None:
 def slim(args: argparse.Namespace) -> None:
     """A checkpoint and a plan (or text and a size) in, a smaller checkpoint out."""
     require(args, "model", "output")
-    output, size = output_path(args), _shard_bytes(args.shard_size)
+    output, size = output_path(args), shard_bytes(args)
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
     target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
@@ -157,13 +165,6 @@ def slim(args: argparse.Namespace) -> None:
     rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
 
 
-def _shard_bytes(text: str) -> int:
-    try:
-        return memory_bytes(text)
-    except ValueError:
-        raise ValueError(f"--shard-size {text}: not a size. Write it as 500MB or 1GB.") from None
-
-
 def distill(args: argparse.Namespace) -> None:
     """A student, its teacher and text in, a better student out. The same command continues a stopped run."""
     require(args, "model", "teacher", "data", "output")
@@ -174,10 +175,7 @@ def distill(args: argparse.Namespace) -> None:
     teacher = find_checkpoint(args.teacher, args.teacher_revision)
     config = load_config(student)
     check_teacher(teacher, config, tokenizer)
-    documents = read_documents(args)
-    if args.tokens is not None:
-        documents = take_tokens(documents.shuffle(seed=args.seed), args.tokens, tokenizer)
-    train = tokenize(documents, tokenizer, args.max_length, args.packing)
+    train = training_rows(args, tokenizer)
     validation = None
     if arguments.eval_strategy != "no":
         held = load_documents(args.data, "validation", args.data_revision)
@@ -208,4 +206,5 @@ def run(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "env": env, "size": size_command.size, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run,
     "eval": eval_command.evaluate, "plot": plot_command.plot, "finetune": finetune_command.finetune, "push": push_command.push,
+    "cache": cache_command.cache,
 }  # fmt: skip

@@ -26,21 +26,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.optimization import Adafactor
 
 from slimmoe_hf import disk
+from slimmoe_hf.cache_format import TOP_K, bytes_per_answer
 from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.lora import lora_config
 from slimmoe_hf.losses import DistillationLoss, forward_kl
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.tracing import Phase, Run, layer_kinds, skeleton, trace, trace_optimizer
 
 Optimizer = Literal["adamw", "adamw_bf16", "adamw_8bit", "adafactor"]
 Teacher = Literal["live", "offloaded", "cached"]
-CACHE_TOP_K = 64
+CACHE_TOP_K = TOP_K
 _QUANTISED_FROM, _BLOCK = 4096, 256
 """bitsandbytes keeps moments of smaller tensors in float32, and one float32 scale per block of the others."""
 
@@ -122,6 +124,7 @@ def training_memory(
     accumulate: bool = False,
     autocast: bool = False,
     lora_rank: int | None = None,
+    lora_experts: bool = True,
     teacher: Teacher | None = None,
     teacher_config: PreTrainedConfig | None = None,
     teacher_dtype: torch.dtype = torch.bfloat16,
@@ -140,6 +143,7 @@ def training_memory(
         accumulate: Whether gradients are summed over several micro-batches, and so are there from the start.
         autocast: Compute in bfloat16 on float32 weights, as Trainer's `bf16=True` does.
         lora_rank: Train a LoRA adapter of this rank on attention and experts, in float32; None trains all weights.
+        lora_experts: Whether that adapter is on the experts too.
         teacher: `live` on the same device, `offloaded` to the host and streamed layer by layer, or `cached` answers.
         teacher_config: The teacher's; needed for a `live` or `offloaded` one.
         teacher_dtype: Of the teacher's weights.
@@ -158,7 +162,7 @@ def training_memory(
         autocast, gradient_checkpointing, teacher is not None, _text(streamed) if streamed is not None else None,
         teacher_dtype, loss or DistillationLoss(), crossentropy,
     )  # fmt: skip
-    phases = dict(_phases(_text(config), dtype, batch, length, step, lora_rank))
+    phases = dict(_phases(_text(config), dtype, batch, length, step, lora_rank, lora_experts))
     trained = phases["optimizer"].gradients
     state, spare = _optimizer_state(config, optimizer, dtype)
     if lora_rank is not None:
@@ -181,7 +185,7 @@ def training_memory(
         whole = _bytes(meta_model(streamed), teacher_dtype)
         parts["teacher"] = whole if teacher == "live" else _largest_module(streamed) * teacher_dtype.itemsize
         host = whole if teacher == "offloaded" else 0
-    disk = cache_bytes_per_token() if teacher == "cached" else 0
+    disk = cache_bytes_per_token(meta_model(config).config.vocab_size) if teacher == "cached" else 0
     use = "LoRA" if lora_rank is not None else "full fine-tuning" if teacher is None else "distillation"
     return Memory(use=use, parts=parts, peak=peak, host=host, disk_per_token=disk)
 
@@ -219,9 +223,9 @@ def scoring_memory(
     return Memory(use="scoring", parts=parts, peak=name)
 
 
-def cache_bytes_per_token(top_k: int = CACHE_TOP_K) -> int:
-    """Bytes of a teacher's answer to one token: K float16 log-probabilities, K int32 indices, one float16 tail."""
-    return top_k * (2 + 4) + 2
+def cache_bytes_per_token(vocab_size: int, top_k: int = CACHE_TOP_K) -> int:
+    """Bytes of a teacher's cached answer to one token, as `cache_format` stores it."""
+    return bytes_per_answer(top_k, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -294,17 +298,23 @@ def _score(model: Any, ids: Tensor, _other: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _phases(
-    config: str, dtype: torch.dtype, batch: int, length: int, run: Run, lora_rank: int | None = None
+    config: str,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    run: Run,
+    lora_rank: int | None = None,
+    lora_experts: bool = True,
 ) -> dict[str, Phase]:
     """`trace` for a config as text, once for each; what it gives is shared, so do not change it."""
     model = _meta_model(config)
     family = family_of(model.config)
 
     def adapt(model: Any) -> Any:
-        experts = [f"{family.experts}.{name}" for name in (family.layout.gate_up, family.layout.down)]
-        targets = [f"{family.attention}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        settings = LoraConfig(r=lora_rank or 1, target_modules=targets, target_parameters=experts)
-        return get_peft_model(model, settings, autocast_adapter_dtype=True)
+        settings = lora_config(model.config, lora_rank or 1, experts=lora_experts)
+        with warnings.catch_warnings():  # a skeleton may have no layer with experts
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return get_peft_model(model, settings, autocast_adapter_dtype=True)
 
     return trace(
         model, family.layers, run, dtype=dtype, batch=batch, length=length,

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
-        _add_push,
+        _add_push, _add_cache,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -220,16 +220,26 @@ def _add_eval(commands: Any) -> None:
     parser = _add(
         commands, "eval", "Measure a checkpoint: held-out loss, agreement with a teacher, speed, memory, benchmark tasks.",
         "slimmoe eval my-run/model --data sotu --max-length 256 --teacher examples/teacher/model --json\n"
-        "  slimmoe eval my-run --tasks arc_easy mmlu",
+        "  slimmoe eval my-run --tasks arc_easy mmlu\n"
+        "  slimmoe eval examples/teacher/model --tasks sotu_ending sotu_text --task-path examples/tasks",
     )  # fmt: skip
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id; a run's folder is its model")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id; of a finished run, its model")
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    _add_teacher(parser, "report the agreement with this model")
+    _add_teacher(
+        parser,
+        "compare with this model: agreement on text, and the same tasks (default: none; of a run, tasks: its own)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     _add_data(parser, "test", None, "read documents up to so many tokens")
-    group = parser.add_argument_group("tasks", "of lm-evaluation-harness: pip install 'slimmoe_hf[eval]'")
+    group = parser.add_argument_group(
+        "tasks",
+        "of lm-evaluation-harness (pip install 'slimmoe_hf[eval]'). Of a finished run, its teacher is given the same ones,\n"
+        "where it is here, and the results are added to its report and to what is published with its model.",
+    )  # fmt: skip
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="glue, super_glue, mmlu, arc_challenge, ...")
-    group.add_argument("--task-path", metavar="DIR", help="where task YAML files of your own are")
+    group.add_argument(
+        "--task-path", metavar="DIR", help="where task YAML files of your own are; functions that they name are run"
+    )
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of every task")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -256,12 +266,15 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     group = parser.add_argument_group("what to train", "all weights, or with --lora an adapter")
     group.add_argument("--lora", action="store_true", help="train a LoRA adapter on attention and experts")
-    group.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapter (default: 16)")
+    group.add_argument("--rank", type=int, metavar="R", help="of the adapter (default: 16)")
     group.add_argument("--alpha", type=int, metavar="A", help="its scale (default: twice the rank)")
     group.add_argument("--router", action="store_true", help="adapt the routers too")
     group.add_argument("--no-experts", action="store_true", help="adapt the attention only")
     group.add_argument("--merge", action="store_true", help="write whole weights instead of the adapter")
-    group.add_argument("--dtype", metavar="DTYPE", help="hold weights in float32 or bfloat16 (default: as they are)")
+    group.add_argument(
+        "--dtype", metavar="DTYPE",
+        help="hold weights in float32 or bfloat16 (default: float32; with --lora on a GPU as they are)",
+    )  # fmt: skip
     _add_data(parser, "train", None, "train on at most so many tokens of text")
     _add_training(parser, FINETUNING, "TRL's SFTConfig")
     _add_output(parser, "DIR")
@@ -284,3 +297,31 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
     parser.add_argument("--dry-run", action="store_true", help="say what would be pushed, and push nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace what the repository holds")
+
+
+def _add_cache(commands: Any) -> None:
+    parser = _add(
+        commands, "cache", "Write what a teacher answers to a text to disk, to distil without it; or look into a cache.",
+        "slimmoe cache write examples/teacher/model --data sotu --max-length 256 --output answers\n"
+        "  slimmoe cache inspect answers --verify\n"
+        "  torchrun --nproc-per-node 8 $(which slimmoe) cache write ...    # one teacher on each GPU",
+    )  # fmt: skip
+    parser.add_argument("inputs", nargs="*", metavar="write MODEL | inspect DIR", help="a folder or a Hub id; a cache")
+    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
+    group = parser.add_argument_group("what to keep")
+    group.add_argument("--kind", default="top_k", choices=("top_k", "hidden"), help="hidden: the last hidden states")
+    group.add_argument("--top-k", type=int, default=64, metavar="K", help="the likeliest tokens (default: 64)")
+    group.add_argument(
+        "--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="to train at (default: 1.0)"
+    )
+    group.add_argument("--vocab-size", type=int, metavar="N", help="the first N ids only, for a student with fewer")
+    group.add_argument("--shard-size", default="256MB", metavar="SIZE", help="most bytes in a file (default: 256MB)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: float32 on a CPU, else as it is)"
+    )
+    _add_data(parser, "train", None, "answer at most so many tokens of text, those that distill takes")
+    parser.add_argument("--verify", action="store_true", help="with inspect: compare the hashes of all files")
+    parser.add_argument("--json", action="store_true", help="with inspect: print JSON")
+    _add_output(parser, "DIR")
+    _add_config(parser)

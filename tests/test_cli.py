@@ -25,7 +25,7 @@ from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 from slimmoe_hf.outlook import MACHINES
 
-COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval", "plot", "finetune", "push")
+COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval", "plot", "finetune", "push", "cache")
 DATA = ("--max-length", "64")
 
 
@@ -111,6 +111,10 @@ def test_flags_are_a_visible_decision():
         },
         "push": common | {
             "--private", "--base-model", "--license", "--branch", "--message", "--dry-run", "--overwrite",
+        },
+        "cache": common | train | output | {
+            "--revision", "--kind", "--top-k", "--temperature", "--vocab-size", "--shard-size", "--batch-size", "--dtype",
+            "--verify", "--json",
         },
     }  # fmt: skip
 

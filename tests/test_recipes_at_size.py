@@ -80,8 +80,8 @@ def test_a_shipped_recipe_fits_its_machine_and_its_header_says_what_the_dry_run_
     assert re.findall(r"(\d+)M", re.search(r"tokens\s+(.*?)\s{2,}", header)[1]) == [
         str(round(t / 1e6)) for t in trained
     ]
-    cache = int(re.search(r"386 bytes a token: (\d+) GB", header)[1])
-    assert cache_bytes_per_token() == 386 and cache == round(sum(trained) * 386 / 1e9)
+    cache = int(re.search(r"258 bytes a token: (\d+) GB", header)[1])
+    assert cache_bytes_per_token(32064) == 258 and cache == round(sum(trained) * 258 / 1e9)
 
 
 def parameters(recipe: Recipe) -> int:

@@ -234,7 +234,8 @@ def test_estimates_leave_the_config_as_it_is():
 
 
 def test_the_cache_formula():
-    assert cache_bytes_per_token() == CACHE_TOP_K * 6 + 2 == 386
+    assert cache_bytes_per_token(32064) == CACHE_TOP_K * (2 + 2) + 2 == 258  # uint16 indices up to 65,536 ids
+    assert cache_bytes_per_token(128256) == CACHE_TOP_K * (2 + 4) + 2 == 386
 
 
 def test_json_answers_what_was_asked(phi_folder, capsys):

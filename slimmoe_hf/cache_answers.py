@@ -1,0 +1,311 @@
+"""Ask a teacher that fits in memory about tokenised rows, and write its answers into a teacher cache.
+
+Shape letters: B texts at a time, T tokens of the longest, N answers, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from rich import get_console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimmoe_hf.atomic import refuse_existing
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_format import KINDS, TOP_K, CacheSpec, Kind, text_key, texts_of, unfinished, vocabulary_sha256
+from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes, top_k_answers
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.identity import model_fingerprint
+from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
+
+CHUNK_BYTES = {"cpu": 1 << 22}
+"""Of float32 logits at a time: on a CPU what its cache holds, which is twice as fast as ten times that."""
+_LARGE_CHUNK = 1 << 27
+_AHEAD = 16
+"""Batches that are read ahead and sorted by length, so that little is padded (our choice)."""
+
+
+def write_cache(
+    teacher: str | Path | PreTrainedModel,
+    rows: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    revision: str | None = None,
+    kind: Kind = "top_k",
+    top_k: int = TOP_K,
+    temperatures: Sequence[float] = (1.0,),
+    vocab_size: int | None = None,
+    batch_size: int = 8,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    data: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> TeacherCache:
+    """Write a teacher's answers to every text of some rows; killed, the same call continues.
+
+    Under `torchrun` or `accelerate launch` every process calls it, with the same arguments and rows. Each holds the
+    whole teacher, reads all rows, and answers the texts that their keys deal to it.
+
+    Args:
+        teacher: A folder, a Hub id, or a model; it runs in eval mode.
+        rows: Tokenised: `input_ids`, and `seq_lengths` where a row packs several documents. A stream may be read once.
+        folder: Where the cache is to be.
+        tokenizer: Of the rows.
+        revision: Commit of a teacher on the Hub.
+        kind: "top_k", or "hidden" for the teacher's last hidden states.
+        top_k: K, entries kept of kind "top_k"; all V where there are fewer.
+        temperatures: That the cache is to serve beside 1.0.
+        vocab_size: Answer over the first so many ids only, where the student pads its vocabulary to fewer.
+        batch_size: Texts at a time.
+        dtype: To load the teacher in; None is float32 on a CPU, elsewhere the checkpoint's own.
+        device: Where it runs; None is this process's GPU, or the CPU. A model that was given stays where it is.
+        shard_bytes: Most bytes in a file; each process holds one in memory.
+        data: Where the rows come from, for the manifest; it must not change between a kill and the next start.
+        overwrite: Replace what is at `folder`.
+
+    Returns:
+        The finished cache.
+
+    Raises:
+        ValueError: A setting out of range, a checkpoint that does not load, no room on the disk, or as `CacheWriter`.
+    """
+    if kind not in KINDS or top_k < 2 or batch_size < 1 or not all(at > 0 for at in temperatures):
+        raise ValueError(
+            f"kind={kind!r}, top_k={top_k}, batch_size={batch_size}, temperatures={list(temperatures)}: kind is one of "
+            f"{', '.join(KINDS)}, top_k at least 2 (the likeliest and the next token), the others positive."
+        )
+    state, folder = processes(), Path(folder)
+    if not overwrite:
+        refuse_existing(folder)
+    if isinstance(teacher, PreTrainedModel):
+        model, name, sha256 = teacher, str(teacher.config._name_or_path or "a model given in Python"), None
+    else:
+        path, name = find_checkpoint(str(teacher), revision), str(teacher)
+        sha256 = broadcast_object_list([weights_sha256(path) if state.is_main_process else None])[0]
+        model = _load(path, dtype, device or state.device)
+    was_training = model.training
+    asked = _Answers(model.eval(), kind)
+    size = model.config.get_text_config().vocab_size
+    spec = CacheSpec(
+        teacher=name, revision=revision, weights_sha256=sha256, fingerprint=_fingerprint(model),
+        tokenizer_sha256=vocabulary_sha256(tokenizer), vocab_size=min(vocab_size or size, size), kind=kind,
+        top_k=min(top_k, vocab_size or size, size) if kind == "top_k" else 0,
+        temperatures=tuple(dict.fromkeys((1.0, *temperatures))) if kind == "top_k" else (),
+        hidden_size=asked.width if kind == "hidden" else 0,
+        stored="bfloat16" if kind == "hidden" and model.dtype == torch.bfloat16 else "float16",
+        computed=str(model.dtype).removeprefix("torch."), data=dict(data or {}),
+    )  # fmt: skip
+    total = _count(rows)
+    _require_room(folder, spec, total)
+    try:
+        with CacheWriter(folder, spec, shard_bytes, overwrite) as writer, _Meter(spec, total, state) as meter:
+            mine = _dealt(state.process_index, state.num_processes)
+            for texts in _batches(rows, batch_size, mine):
+                if not all(writer.holds(ids) for ids in texts):
+                    for ids, answers in zip(texts, asked(texts, spec), strict=True):
+                        writer.add(ids, answers)
+                    meter.answered(texts)
+                else:
+                    meter.passed(texts)
+            return writer.finish(asked.head_tensors(spec) if kind == "hidden" else None)
+    finally:
+        model.train(was_training)
+
+
+class _Answers:
+    """A teacher that answers a batch of texts without making logits for all of it at once."""
+
+    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
+        """Find out whether the logits are the output head times the last hidden states, and nothing else.
+
+        Raises:
+            ValueError: They are not, and hidden states are what is asked for.
+        """
+        self.model, self.kind = model, kind
+        # Hooks of accelerate bring inputs to weights that are not on a device yet.
+        self.device = torch.device("cpu") if model.device.type == "meta" else model.device
+        head: Any = model.get_output_embeddings()
+        self.head, self.backbone = head, model.base_model
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            self.backbone.register_forward_hook(lambda _m, _i, out: seen.update(hidden=out.last_hidden_state)),
+            self.head.register_forward_hook(lambda _m, given, out: seen.update(given=given[0], out=out)),
+        ]
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(4, device=self.device).unsqueeze(0), use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        self.width = int(seen["hidden"].shape[-1])
+        self.plain = "out" in seen and all(
+            torch.equal(one.float().cpu(), other.float().cpu())
+            for one, other in ((seen["hidden"], seen["given"]), (seen["out"], logits))
+        )
+        if kind == "hidden" and not self.plain:
+            raise ValueError(
+                f"the logits of a {model.config.model_type} are more than its output head times its last hidden states, so "
+                "these are not enough. Take --kind top_k."
+            )
+
+    def head_tensors(self, spec: CacheSpec) -> dict[str, Tensor]:
+        """Weight and bias of the output head, for the ids that are answered over."""
+        bias = {} if self.head.bias is None else {"bias": self.head.bias[: spec.vocab_size]}
+        return {"weight": self.head.weight[: spec.vocab_size], **bias}
+
+    @torch.no_grad()
+    def __call__(self, texts: list[np.ndarray[Any, Any]], spec: CacheSpec) -> list[dict[str, Tensor]]:
+        """The answers to each text, `[its tokens - 1, ...]`, in host memory."""
+        counts = [len(ids) - 1 for ids in texts]
+        ids_BT = torch.zeros(len(texts), max(counts) + 1, dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, ids in enumerate(texts):
+            ids_BT[row, : len(ids)] = torch.from_numpy(ids)
+            mask_BT[row, : len(ids)] = 1
+        inputs = {
+            "input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device), "use_cache": False,
+        }  # fmt: skip
+        answered_BT = mask_BT[:, 1:].bool()
+        next_N = ids_BT[:, 1:][answered_BT]
+        made_BT_ = self.backbone(**inputs).last_hidden_state if self.plain else self.model(**inputs).logits
+        made_N_ = made_BT_[:, :-1][answered_BT.to(made_BT_.device)]
+        if self.kind == "hidden":
+            return [{"hidden": part} for part in made_N_.cpu().split(counts)]
+        if int(next_N.max()) >= spec.vocab_size:
+            raise ValueError(
+                f"token {int(next_N.max())} of the data is beyond the {spec.vocab_size} ids that are answered over. Give a "
+                "larger --vocab-size, or the tokenizer of this teacher."
+            )
+        size = max(1, CHUNK_BYTES.get(made_N_.device.type, _LARGE_CHUNK) // (4 * spec.vocab_size))
+        parts = []
+        for chunk, following in zip(made_N_.split(size), next_N.to(made_N_.device).split(size), strict=True):
+            logits_NV = (self.head(chunk) if self.plain else chunk)[:, : spec.vocab_size]
+            parts.append(top_k_answers(logits_NV, following.to(logits_NV.device), spec.top_k, spec.temperatures))
+        columns = {name: torch.cat([part[name] for part in parts]).cpu().split(counts) for name in parts[0]}
+        return [{name: column[row] for name, column in columns.items()} for row in range(len(texts))]
+
+
+class _Meter:
+    """Tells how the work goes: what it will take, then tokens per second, with a bar on a terminal."""
+
+    def __init__(self, spec: CacheSpec, total: int | None, state: PartialState) -> None:
+        self._spec, self._total, self._loud = spec, total, state.is_main_process
+        self._processes = state.num_processes
+        self._passed = self._answered = 0
+        self._start = self._told = time.perf_counter()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _Meter:
+        if not self._loud:
+            return self
+        size = "" if self._total is None else f", at most {self._total * self._spec.bytes_per_answer / 1e9:,.2f} GB"
+        known = "a stream" if self._total is None else f"{self._total:,} tokens"
+        get_console().log(f"{self._spec.teacher} answers {known}: {self._spec.bytes_per_answer} bytes a token{size}")
+        if get_console().is_terminal and self._total is not None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, transient=True)
+            self._bar.start()
+            self._bar.add_task("teacher cache", total=self._total)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._loud and not any(error):
+            get_console().log(f"{self._answered:,} tokens answered{self._speed()}")
+
+    def answered(self, texts: list[np.ndarray[Any, Any]]) -> None:
+        """Count a batch."""
+        self._answered += sum(map(len, texts))
+        self.passed(texts)
+
+    def passed(self, texts: list[np.ndarray[Any, Any]]) -> None:
+        """Count a batch that was there already."""
+        self._passed += sum(map(len, texts)) * self._processes
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._passed, description=f"teacher cache{self._speed()}")
+        elif self._loud and now - self._told > 60:
+            self._told = now
+            share = "" if self._total is None else f" of {self._total:,}"
+            get_console().log(f"about {self._passed:,}{share} tokens{self._speed()}")
+
+    def _speed(self) -> str:
+        if not self._answered:
+            return ""
+        each = "" if self._processes == 1 else f" in each of {self._processes} processes"
+        return f", {self._answered / (time.perf_counter() - self._start):,.0f} tokens/s{each}"
+
+
+def _load(path: Path, dtype: str | None, device: torch.device) -> PreTrainedModel:
+    own = str(load_config(path).dtype or "float32").removeprefix("torch.")
+    return load_model(path, dtype or ("float32" if device.type == "cpu" else own), device)
+
+
+def _fingerprint(model: PreTrainedModel) -> str | None:
+    whole = not any(weight.is_meta for weight in model.parameters())
+    return model_fingerprint(model) if whole and model.config.model_type in FAMILIES else None
+
+
+def _count(rows: Iterable[Mapping[str, Any]]) -> int | None:
+    """Tokens of a dataset; None of a stream, which may be read once only."""
+    if isinstance(rows, Dataset):
+        parts = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+        return sum(pc.sum(pc.list_value_length(part["input_ids"])).as_py() or 0 for part in parts)
+    return sum(len(row["input_ids"]) for row in rows) if isinstance(rows, list) else None
+
+
+def _require_room(folder: Path, spec: CacheSpec, total: int | None) -> None:
+    """Refuse a cache that the disk cannot hold."""
+    parent = next(place for place in folder.absolute().parents if place.is_dir())
+    begun = sum(file.stat().st_size for file in unfinished(folder).glob("answers-*"))
+    free, needed = psutil.disk_usage(str(parent)).free + begun, (total or 0) * spec.bytes_per_answer
+    if needed > free:
+        raise ValueError(
+            f"{folder}: the cache takes up to {needed / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB free. Give fewer "
+            "--tokens, a smaller --top-k, or another --output."
+        )
+
+
+def _dealt(number: int, processes: int) -> Callable[[bytes], bool]:
+    """Which keys are this process's; equal texts are always the same one's, so none is answered twice."""
+    return lambda key: int.from_bytes(key[:8], "little") % processes == number
+
+
+def _batches(
+    rows: Iterable[Mapping[str, Any]], batch_size: int, mine: Callable[[bytes], bool]
+) -> Iterator[list[np.ndarray[Any, Any]]]:
+    """The different texts of this process, some batches of them at a time in the order of length.
+
+    The same rows give the same batches, whatever is answered already: so a continued cache has the same bytes.
+    """
+    seen: set[bytes] = set()
+    ahead: list[np.ndarray[Any, Any]] = []
+
+    def sorted_batches() -> Iterator[list[np.ndarray[Any, Any]]]:
+        ahead.sort(key=len, reverse=True)
+        for start in range(0, len(ahead), batch_size):
+            yield ahead[start : start + batch_size]
+        ahead.clear()
+
+    for row in rows:
+        for ids in texts_of(row):
+            key = text_key(ids)
+            if key not in seen and mine(key):
+                seen.add(key)
+                ahead.append(ids)
+        if len(ahead) >= _AHEAD * batch_size:
+            yield from sorted_batches()
+    yield from sorted_batches()

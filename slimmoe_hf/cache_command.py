@@ -1,0 +1,92 @@
+"""What `slimmoe cache` does: write a teacher cache, or look into one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.console import Console
+from rich.table import Table
+
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.cache_writer import processes
+from slimmoe_hf.command_inputs import output_path, print_json, require, shard_bytes, training_rows
+from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
+from slimmoe_hf.preflight import check_vocabulary
+
+_DATA = ("data", "data_revision", "split", "max_length", "packing", "tokens", "seed")
+
+
+def cache(args: argparse.Namespace) -> None:
+    """A teacher and text in, its answers out; or what a cache holds."""
+    what, *rest = args.inputs or [""]
+    if what not in ("write", "inspect") or len(rest) != 1:
+        raise ValueError(
+            "cache takes write and a MODEL, or inspect and the folder of a cache (see slimmoe cache --help)"
+        )
+    if what == "write":
+        _write(args, rest[0])
+    else:
+        _inspect(args, Path(rest[0]).expanduser())
+
+
+def _write(args: argparse.Namespace, teacher: str) -> None:
+    require(args, "data", "output")
+    output, size = output_path(args), shard_bytes(args)
+    if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
+    path = find_checkpoint(teacher, args.revision)
+    verify_checkpoint(path)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(load_config(path), tokenizer, path)
+    done = write_cache(
+        teacher, training_rows(args, tokenizer), output, tokenizer=tokenizer, revision=args.revision, kind=args.kind,
+        top_k=args.top_k, temperatures=args.temperature, vocab_size=args.vocab_size, batch_size=args.batch_size,
+        dtype=args.dtype, shard_bytes=size, data={name: vars(args)[name] for name in _DATA}, overwrite=args.overwrite,
+    )  # fmt: skip
+    if processes().is_main_process:
+        manifest = done.manifest
+        rich.print(
+            f"{output}: answers to {manifest.texts + manifest.answers:,} tokens in {manifest.texts:,} texts, "
+            f"{_size(done):,} bytes; look into it with: slimmoe cache inspect {output}"
+        )
+
+
+def _inspect(args: argparse.Namespace, folder: Path) -> None:
+    found = TeacherCache.open(folder)
+    if args.verify:
+        found.verify()
+    manifest = found.manifest
+    tokens = manifest.texts + manifest.answers
+    values: dict[str, Any] = {
+        **manifest.spec.model_dump(mode="json"),
+        "texts": manifest.texts,
+        "tokens": tokens,
+        "answers": manifest.answers,
+        "mean_tail_mass": manifest.mean_tail_mass,
+        "shards": len(manifest.shards),
+        "bytes": _size(found),
+        "bytes_per_answer": manifest.spec.bytes_per_answer,
+        "bytes_per_token": _size(found) / tokens,
+        "hashes_verified": args.verify,
+    }
+    if args.json:
+        print_json(values)
+        return
+    rows = Table(box=None, show_header=False)
+    rows.add_column()
+    rows.add_column(overflow="fold")
+    data = {f"data: {name}": value for name, value in values.pop("data").items()}
+    for name, value in {**values, **data}.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        shown = f"{value:.4g}" if isinstance(value, float) else shown
+        if value not in (None, []):
+            rows.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(shown))
+    Console().print(rows)
+
+
+def _size(found: TeacherCache) -> int:
+    return sum(file.stat().st_size for file in found.folder.iterdir())
