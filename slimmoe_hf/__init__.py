@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from slimmoe_hf.checkpoint import slim_checkpoint
     from slimmoe_hf.criteria import CRITERIA
     from slimmoe_hf.families import FAMILIES
+    from slimmoe_hf.lora import lora_config
     from slimmoe_hf.pipeline import run_recipe
     from slimmoe_hf.plan import CompressionPlan, Target, make_plan
     from slimmoe_hf.stats import ExpertStats
@@ -30,6 +31,7 @@ _HOMES = {
     "Target": "plan",
     "apply_plan": "surgery",
     "collect_stats": "calibration",
+    "lora_config": "lora",
     "make_plan": "plan",
     "run_recipe": "pipeline",
     "slim_checkpoint": "checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "Target",
     "apply_plan",
     "collect_stats",
+    "lora_config",
     "make_plan",
     "run_recipe",
     "slim_checkpoint",

@@ -24,16 +24,21 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
 
-from slimmoe_hf import DistillationConfig, DistillationTrainer
+from slimmoe_hf import DistillationConfig, DistillationTrainer, lora_config
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
 from slimmoe_hf.peak import PeakMemory
 
+# Freed memory goes back at once, and oneDNN keeps no work buffers between matrix products.
+CALM = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+}  # fmt: skip
 BATCH, RANK = 2, 8
 SHAPES = {
     "phimoe-like": {
@@ -104,7 +109,7 @@ def run(name: str, use: str, device: str) -> int:
         "gradient_checkpointing": "no checkpointing" not in use,
         "optim": "adafactor" if "adafactor" in use else "adamw_torch_fused",
     }  # fmt: skip
-    warm_up(name, dtype, device)
+    warm_up(config_of(name), dtype, device)
     with tempfile.TemporaryDirectory() as folder, PeakMemory(device) as peak:
         model = build(name, dtype, device, wider)
         if use == "inference":
@@ -129,17 +134,12 @@ def run(name: str, use: str, device: str) -> int:
 
 
 def adapted(model: torch.nn.Module) -> torch.nn.Module:
-    from peft import get_peft_model
-
-    attention = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model.enable_input_require_grads()  # as TRL does for adapters under gradient checkpointing
-    return get_peft_model(model, LoraConfig(r=RANK, target_modules=attention, target_parameters=experts))
+    return get_peft_model(model, lora_config(model.config, RANK))
 
 
-def warm_up(name: str, dtype: torch.dtype, device: str) -> None:
-    """One small step first: libraries that load at first use are no part of a model."""
-    small = config_of(name)
+def warm_up(small: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
+    """One small step first, of a model like `small` but smaller: libraries that load at first use are no part of one."""
     small.hidden_size, small.num_hidden_layers, small.vocab_size, small.intermediate_size = 512, 1, 256, 32
     small.num_attention_heads = small.num_key_value_heads = 4
     with torch.device(device):
@@ -161,17 +161,12 @@ def tokenizer():
 
 def measure(args: argparse.Namespace) -> dict:
     rows = []
-    # Freed memory goes back at once, and oneDNN keeps no work buffers between matrix products.
-    calm = {
-        "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
-    }  # fmt: skip
     for name in args.models:
         for use in args.uses:
             started = time.perf_counter()
             child = subprocess.run(
                 [sys.executable, __file__, "--row", name, use, "--device", args.device],
-                env={**os.environ, **calm, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"},
+                env={**os.environ, **CALM, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"},
                 capture_output=True, text=True,
             )  # fmt: skip
             if child.returncode:
