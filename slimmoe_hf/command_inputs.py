@@ -19,6 +19,9 @@ from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, ver
 from slimmoe_hf.preflight import check_vocabulary
 from slimmoe_hf.recipe import memory_bytes
 
+_OURS = ("config.json", "adapter_config.json", "plan.json", "manifest.json")
+"""One of them is in every folder that a command writes."""
+
 
 def require(args: argparse.Namespace, *names: str) -> None:
     """Raise ValueError if a command lacks an argument that it cannot do without."""
@@ -27,11 +30,27 @@ def require(args: argparse.Namespace, *names: str) -> None:
         raise ValueError(f"{args.command} needs {', '.join(missing)} (see slimmoe {args.command} --help)")
 
 
-def output_path(args: argparse.Namespace) -> Path:
-    """The place to write to, refused before any work if something is there."""
+def output_path(args: argparse.Namespace, file: bool = False) -> Path:
+    """The place to write to, refused before any work if something is there that may not be replaced.
+
+    Args:
+        args: With `output` and `overwrite`.
+        file: What is to be written is a file; otherwise a folder.
+
+    Raises:
+        ValueError: Something is there; with `--overwrite`, something that none of our commands wrote.
+    """
     path = Path(args.output).expanduser()
     if not args.overwrite:
         refuse_existing(path)
+    elif path.is_symlink():
+        raise ValueError(f"{path}: a link, which --overwrite does not follow. Give --output the place itself.")
+    elif file and path.is_dir():
+        raise ValueError(f"{path}: is a folder. Give --output a file.")
+    elif not file and path.is_file():
+        raise ValueError(f"{path}: is a file. Give --output a folder.")
+    elif path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OURS):
+        raise ValueError(f"{path}: holds files that slimmoe did not write; they are left alone. Give another --output.")
     return path
 
 

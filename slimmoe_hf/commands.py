@@ -86,7 +86,7 @@ def env(args: argparse.Namespace) -> None:
 def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     require(args, "model", "data", "output")
-    output = output_path(args)
+    output = output_path(args, file=True)
     stats = _scored(args)
     stats.save(output)
     rich.print(

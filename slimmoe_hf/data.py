@@ -50,6 +50,10 @@ def load_documents(spec: str, split: str = "train", revision: str | None = None)
             f"{spec}: no column named text, messages, or prompt + completion; it has {', '.join(loaded.column_names)}. "
             "Rename the one that holds the text."
         )
+    for column in ("prompt", "completion"):
+        if column in loaded.column_names and None in (values := list(loaded[column])):
+            row = values.index(None) + 1
+            raise ValueError(f"{spec}: row {row} has no {column}. Fill it, or leave the row out.")
     if "text" in loaded.column_names:
         loaded = loaded.select([i for i, text in enumerate(loaded["text"]) if text and text.strip()])
     if len(loaded) == 0:

@@ -52,7 +52,11 @@ def evaluate(args: argparse.Namespace) -> None:
     for name in ("task_path", "num_fewshot", "limit"):
         if getattr(args, name) is not None and not args.tasks:
             raise ValueError(f"--{name.replace('_', '-')} says how --tasks are run: name some.")
-    output = output_path(args) if args.output is not None else None
+    if args.max_length < 2 or args.batch_size < 1:
+        raise ValueError(
+            f"--max-length {args.max_length} --batch-size {args.batch_size}: give at least 2 tokens and 1 row."
+        )
+    output = output_path(args, file=True) if args.output is not None else None
     subject = _subject(args)
     tasks = None
     if args.tasks:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import math
 import os
 import random
 import re
@@ -161,6 +162,9 @@ class TaskSet:
         for key, value in values.items():
             metric, comma, answer_filter = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                get_console().log(f"task {name}: {metric} is {value}, which is no result; left out", markup=False)
                 continue
             stderr = values.get(f"{metric}_stderr,{answer_filter}")
             results.append(

@@ -33,7 +33,7 @@ from slimmoe_hf.outlook import MACHINES, check_room, outlook, shown_steps, this_
 from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import Inputs, check, device, free_disk, is_remote, outline, read_text, stage_arguments
 from slimmoe_hf.progress import TrainingProgress
-from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, memory_bytes
+from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, memory_bytes, resolved
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
@@ -65,7 +65,7 @@ def run_recipe(
     Raises:
         ValueError: The recipe, its model, teacher, data or output folder will not do. Nothing has been written then.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = resolved(recipe, Path()) if isinstance(recipe, Recipe) else load_recipe(recipe)
     if output is None and recipe.output is None:
         raise ValueError("the recipe names no output folder. Add `output:` to it, or give --output.")
     folder = Path(output or recipe.output or "").expanduser().resolve()

@@ -225,14 +225,28 @@ def load_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe. Give the path of a YAML file; examples/quickstart.yaml is one.")
     recipe = parse_recipe(read_yaml(path), str(path))
+    return resolved(recipe, path.parent, str(path))
+
+
+def resolved(recipe: Recipe, folder: Path, where: str = "recipe") -> Recipe:
+    """A recipe with absolute local paths: what it means must not hang on where it is read again.
+
+    Args:
+        recipe: Paths in it are the current directory's, else those of `folder`.
+        folder: Of the recipe's file.
+        where: Its name, for errors.
+
+    Raises:
+        ValueError: The `accelerate` config is not there.
+    """
     local = ("model", "teacher", "accelerate")
-    found = {name: _find(value, path.parent) for name in local if (value := getattr(recipe, name))}
+    found = {name: _find(value, folder) for name in local if (value := getattr(recipe, name))}
     if recipe.accelerate is not None and not Path(found["accelerate"]).is_file():
-        raise ValueError(f"{path}: accelerate: {recipe.accelerate}: no such file. `accelerate config` writes one.")
-    data = recipe.data.model_copy(update={"source": _find(recipe.data.source, path.parent)})
+        raise ValueError(f"{where}: accelerate: {recipe.accelerate}: no such file. `accelerate config` writes one.")
+    data = recipe.data.model_copy(update={"source": _find(recipe.data.source, folder)})
     evaluation = recipe.evaluation
     if evaluation.task_path is not None:
-        evaluation = evaluation.model_copy(update={"task_path": _find(evaluation.task_path, path.parent)})
+        evaluation = evaluation.model_copy(update={"task_path": _find(evaluation.task_path, folder)})
     return recipe.model_copy(update={**found, "data": data, "evaluation": evaluation})
 
 

@@ -246,6 +246,24 @@ def test_an_unknown_key_of_a_config_file_suggests_the_nearest(tmp_path: Path, ca
     )
 
 
+def test_overwrite_replaces_nothing_that_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A folder where a file is to go, a file where a folder, a folder of the user's, a link."""
+    mine = tmp_path / "precious"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to(mine)
+    commands_and_places = [
+        (["eval", "m", "--data", "d", "--output", str(mine)], "precious: is a folder. Give --output a file."),
+        (["score", "m", "--data", "d", "--output", str(mine)], "precious: is a folder. Give --output a file."),
+        (["plan", "s", "--output", str(mine / "thesis.txt")], "thesis.txt: is a file. Give --output a folder."),
+        (["finetune", "m", "--data", "d", "--output", str(mine)], "precious: holds files that slimmoe did not write"),
+        (["slim", "m", "--plan", "p", "--output", str(tmp_path / "link")], "link: a link, which --overwrite does not"),
+    ]
+    for argv, message in commands_and_places:
+        assert message in one_error(capsys, *argv, "--overwrite")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
 def test_debug_shows_the_traceback(tmp_path: Path):
     with pytest.raises(ValueError, match="no such recipe"):
         cli.main(["run", str(tmp_path / "nowhere.yaml"), "--debug"])

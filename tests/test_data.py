@@ -158,6 +158,11 @@ def test_take_rows_and_tokens_stop_at_the_limit():
         ("blank.jsonl", '{"text": "  "}\n', "holds no text"),
         ("columns.jsonl", '{"body": "a"}\n', "no column named text, messages, or prompt + completion; it has body"),
         ("half.jsonl", '{"prompt": "a"}\n', "no column named text, messages, or prompt + completion"),
+        (
+            "null.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n',
+            "row 2 has no completion",
+        ),
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "not readable as .jsonl"),
         ("data.csv", "a,b\n", "expected files of one kind"),
     ],
@@ -165,7 +170,7 @@ def test_take_rows_and_tokens_stop_at_the_limit():
 def test_bad_files_are_one_line(tmp_path: Path, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError) as caught:
-        load_documents(str(tmp_path / name), "train" if name != "blank.jsonl" else "all")
+        load_documents(str(tmp_path / name), "all" if name in ("blank.jsonl", "null.jsonl") else "train")
     assert message in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -354,3 +354,13 @@ def test_a_recipe_puts_teacher_and_last_model_to_its_tasks(tmp_path: Path):
         assert model.tasks == run_tasks(path, ["tiny_choice"], TASKS, limit=4)
         assert {result.metric for result in model.tasks} == {"acc", "acc_norm"}
     assert "tiny_choice" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_value_that_is_not_finite_is_no_result(checkpoint: Path, few_known: None, monkeypatch: pytest.MonkeyPatch):
+    """A report that holds one could not be read again."""
+    tasks = load_tasks(["tiny_choice"], TASKS, limit=4)
+    found = {
+        "results": {"tiny_choice": {"acc,none": math.nan, "acc_norm,none": 0.5}}, "n-shot": {}, "versions": {},
+        "higher_is_better": {},
+    }  # fmt: skip
+    assert [result.metric for result in tasks._results("tiny_choice", None, found, {})] == ["acc_norm"]

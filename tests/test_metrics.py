@@ -36,6 +36,12 @@ def test_perplexity_is_exp_of_our_loss_on_the_same_texts(tmp_path: Path):
     assert found["bits_per_byte"] == pytest.approx(data.bits_per_byte(loss), rel=1e-6)
 
 
+def test_perplexity_of_nothing_is_one_line(tmp_path: Path):
+    metric = evaluate.load(metric_path("perplexity"), keep_in_memory=True)
+    with pytest.raises(ValueError, match="perplexity needs text: all predictions are empty"):
+        metric.compute(predictions=["", ""], model_id=str(tmp_path))
+
+
 def test_balance_of_counts_worked_out_by_hand(balance: Any):
     found = balance.compute(predictions=[[5, 5, 5, 5], [8, 0, 0, 0], [1, 2, 3, 4], [8, 8, 4, 0]])
     assert found["min_load"] == pytest.approx([1, 0, 0.4, 0]) and found["max_load"] == pytest.approx([1, 4, 1.6, 1.6])
@@ -69,6 +75,7 @@ def test_balance_takes_what_router_load_gives(family: str, balance: Any):
     [
         ({"predictions": [[1, 2], [1, 2, 3]]}, "the layers have different numbers of experts"),
         ({"predictions": [[1, 2], [0, 0]]}, "layer 1: nothing was counted there"),
+        ({"predictions": [[0, 1], []], "num_experts": 4}, "layer 1: nothing was counted there"),
         ({"predictions": [[1, -2]]}, "none negative, of two experts or more"),
         ({"predictions": [[0, 4]], "num_experts": 4}, "expert 4 was chosen, but there are 4, counted from 0"),
     ],

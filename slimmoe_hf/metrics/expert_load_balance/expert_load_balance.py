@@ -72,7 +72,8 @@ def _counted(predictions: list[list[int]], num_experts: int | None) -> torch.Ten
         wrong = [expert for row in predictions for expert in row if not 0 <= expert < num_experts]
         if wrong:
             raise ValueError(f"expert {wrong[0]} was chosen, but there are {num_experts}, counted from 0.")
-        counts_LE = torch.stack([torch.bincount(torch.tensor(row), minlength=num_experts) for row in predictions])
+        layers = [torch.tensor(row, dtype=torch.int64) for row in predictions]
+        counts_LE = torch.stack([torch.bincount(layer, minlength=num_experts) for layer in layers])
     if counts_LE.shape[1] < 2 or int(counts_LE.min()) < 0:
         raise ValueError("expected counts, none negative, of two experts or more.")
     empty = [layer for layer, total in enumerate(counts_LE.sum(dim=1).tolist()) if total == 0]

@@ -52,6 +52,8 @@ class Perplexity(evaluate.Metric):
         batch_size: int = 8,
         device: str | None = None,
     ) -> dict[str, float | int]:
+        if not any(predictions):
+            raise ValueError("perplexity needs text: all predictions are empty.")
         path = find_checkpoint(model_id)
         model = load_model(path, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         data = held_out(datasets.Dataset.from_dict({"text": predictions}), load_tokenizer(path), max_length)
