@@ -79,7 +79,7 @@ class DistillationConfig(SFTConfig):
             self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
         super().__post_init__()
         for name in ("distillation_weight", "crossentropy_weight"):
-            setattr(self, name, _schedule(name, getattr(self, name)))
+            setattr(self, name, schedule(name, getattr(self, name)))
         self._check_loss()
         self._check_replaced()
 
@@ -135,13 +135,21 @@ class DistillationConfig(SFTConfig):
 
 
 def _ends(weight: float | list[float] | str) -> tuple[float, float]:
-    """Start and end of a weight that `_schedule` has checked."""
+    """Start and end of a weight that `schedule` has checked."""
     assert not isinstance(weight, str)
     return (weight[0], weight[1]) if isinstance(weight, list) else (weight, weight)
 
 
-def _schedule(name: str, weight: float | list[float] | str) -> float | list[float]:
-    """One number, or `[start, end]`, from what YAML, JSON text or a command line made of it."""
+def schedule(name: str, weight: float | list[float] | str) -> float | list[float]:
+    """One number, or `[start, end]`, from what YAML, JSON text or a command line made of it.
+
+    Args:
+        name: Of the setting, for the error.
+        weight: What was given.
+
+    Raises:
+        ValueError: It is neither.
+    """
     parsed = json.loads(weight) if isinstance(weight, str) else weight
     numbers = list(parsed) if isinstance(parsed, list | tuple) else [parsed]
     legal = all(isinstance(number, int | float) and 0.0 <= number < math.inf for number in numbers)

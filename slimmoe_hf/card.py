@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -19,8 +20,15 @@ from slimmoe_hf.lineage import CARD, Base, is_hub_id
 MARK = "<!-- Written by slimmoe_hf. Delete this line and the card is yours: it will not be written again. -->"
 PLACE = "path/to/this/folder"
 TAGS = ("moe", "mixture-of-experts", "pruning", "distillation", "slimmoe")
-# What the cards that transformers, TRL and PEFT write have in them, and nobody's own.
-_AUTOMATIC = (MARK, "generated_from_trainer", "# Model Card for Model ID")
+# What the cards that transformers, TRL and PEFT write have in them, all of it, until a person has taken them up. Tags are
+# no sign: they stay.
+_AUTOMATIC = (
+    (MARK,),
+    ("<!-- This model card has been generated automatically according to the information the Trainer had access to.",),
+    ("# Model Card for ", "It has been trained using [TRL](", 'question = "If you had a time machine'),
+    ("# Model Card for Model ID", "- **Developed by:** [More Information Needed]",
+     "Use the code below to get started with the model.\n\n[More Information Needed]"),
+)  # fmt: skip
 PAPER = "https://arxiv.org/abs/2506.18349"
 CITATION = """```bibtex
 @inproceedings{li2025slimmoe,
@@ -31,7 +39,7 @@ CITATION = """```bibtex
   url       = {https://arxiv.org/abs/2506.18349}
 }
 ```"""
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)|<img[^>]+src=[\"']([^\"']+)")
+_IMAGE = re.compile(r"!\[[^\]]*\]\(\s*(?:<([^>\n]+)>|([^)\s]+))(?:\s+[\"'][^)]*)?\s*\)|<img[^>]+src=[\"']([^\"']+)")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$])")
 
 
@@ -84,10 +92,17 @@ def assemble(data: ModelCardData, title: str, sections: Sequence[tuple[str, str]
 
 def may_be_written(file: Path) -> bool:
     """Whether a card may be (over)written: there is none, or it was written by a program and not by a person."""
-    return not file.is_file() or any(sign in file.read_text(encoding="utf-8") for sign in _AUTOMATIC)
+    text = file.read_text(encoding="utf-8") if file.is_file() else MARK
+    return any(all(sign in text for sign in signs) for signs in _AUTOMATIC)
 
 
-def amended(text: str, repo: str, base: Base | None, license: str | None) -> str:
+def refuse_orders(file: Path, base_model: str | None, license: str | None) -> None:
+    """Raise ValueError where somebody names a base model or licence, and the card is a person's own and stays as it is."""
+    if (base_model is not None or license is not None) and not may_be_written(file):
+        raise ValueError(f"{file}: is your own card and stays as it is: name licence and base model there.")
+
+
+def amended(text: str, repo: str, base: Base | None, license: str | None, branch: str | None = None) -> str:
     """A card that `slimmoe_hf` wrote, with what was not known then: the repository, the original model, the licence.
 
     Args:
@@ -95,9 +110,12 @@ def amended(text: str, repo: str, base: Base | None, license: str | None) -> str
         repo: The Hub id that it is published under.
         base: The original model, where the user names it.
         license: The licence, where the user names it.
+        branch: Where it is published, if not on main.
     """
-    old = ModelCard(text)
+    old, at = ModelCard(text), _revision(branch)
     data, body = old.data, old.text.replace(f'"{PLACE}"', f'"{repo}"')
+    loads = rf'(from_pretrained\((?:name|model, "{re.escape(repo)}"))(?:, revision="[^"]*")?'
+    body = re.sub(loads, lambda found: found[1] + at, body)
     if base is not None and base.hub_id is not None:
         data["base_model"] = base.hub_id
         data["base_model_relation"] = "adapter" if data["library_name"] == "peft" else "finetune"
@@ -137,8 +155,9 @@ def check_card(text: str, names: Collection[str]) -> None:
 
 def images_of(text: str) -> list[str]:
     """The images that a card shows, as paths relative to it; those from elsewhere on the web are not among them."""
-    found = [markdown or html for markdown, html in _IMAGE.findall(text)]
-    return [image.removeprefix("./") for image in found if "://" not in image and not image.startswith("data:")]
+    found = [next(filter(None, groups)) for groups in _IMAGE.findall(text)]
+    local = [image for image in found if "://" not in image and not image.startswith("data:")]
+    return [unquote(urlsplit(image).path).removeprefix("./") for image in local]
 
 
 def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -168,19 +187,21 @@ def count(number: int) -> str:
     return str(number)
 
 
-def loading_code(repo: str | None, prompt: str) -> str:
+def loading_code(repo: str | None, prompt: str, branch: str | None = None) -> str:
     """How to load the model and have it write, as a Markdown block.
 
     Args:
         repo: Its Hub id; None where it has none yet.
         prompt: What it is to continue.
+        branch: Where it is published, if not on main.
     """
+    at = _revision(branch)
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "{repo or PLACE}"
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(name{at})
+model = AutoModelForCausalLM.from_pretrained(name{at}, dtype="auto")
 
 prompt = {prompt!r}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -189,19 +210,25 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 
 
-def adapter_code(repo: str | None, base: Base) -> str:
+def _revision(branch: str | None) -> str:
+    """What `from_pretrained` has to be told of a branch."""
+    return f', revision="{branch}"' if branch not in (None, "main") else ""
+
+
+def adapter_code(repo: str | None, base: Base, branch: str | None = None) -> str:
     """How to load a PEFT adapter, as a Markdown block.
 
     Args:
         repo: Its Hub id; None where it has none yet.
         base: The model that it adapts.
+        branch: Where it is published, if not on main.
     """
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base.hub_id or "path/to/the/model"}", dtype="auto")
-model = PeftModel.from_pretrained(model, "{repo or PLACE}")
+model = PeftModel.from_pretrained(model, "{repo or PLACE}"{_revision(branch)})
 ```"""
 
 
@@ -245,6 +272,15 @@ def _weight(value: Any) -> str:
     if isinstance(value, list):
         return f"{value[0]:g} to {value[1]:g} x "
     return "" if float(value) == 1.0 else f"{float(value):g} x "
+
+
+def plan_fingerprint(folder: Path) -> str | None:
+    """Which weights a plan was made for (see `identity.model_fingerprint`); None where no plan says."""
+    try:
+        fingerprint = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def plan_text(folder: Path) -> str:

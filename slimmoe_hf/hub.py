@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-from slimmoe_hf.atomic import replacing, write_text
-from slimmoe_hf.card import check_card, may_be_written
+from slimmoe_hf.atomic import replacing
+from slimmoe_hf.card import MARK, check_card, images_of, may_be_written
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import CARD, Base, find_base, licence_files, public_name
 from slimmoe_hf.plan import CompressionPlan
@@ -29,49 +29,67 @@ from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
 from slimmoe_hf.upload import publishable
 
 MODEL = "model"
-_FOLDERS = ("plans", "images", ".eval_results")
+_RESULTS, _IMAGES = ".eval_results", "images"
 
 
 def complete_folder(
-    run: Path, repo: str | None = None, base_model: str | None = None, license: str | None = None
+    run: Path,
+    repo: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    branch: str | None = None,
 ) -> None:
-    """Write everything beside the weights into `RUN/model`; again, it writes the same.
+    """Write everything beside the weights into `RUN/model`; again, it writes the same. Files of other names stay there.
 
     README.md (the model card; one that a person wrote is left alone), `recipe.yaml` and `report.json` without local
-    paths, `plans/stage-N`, `images/`, the original model's licence and notice, and `.eval_results` where there are
-    results of tasks.
+    paths, `plans/stage-N`, the pictures in `images/`, the original model's licence and notice (unless the folder has
+    its own), and `.eval_results` where there are results of tasks.
 
     Args:
         run: The folder of a finished run.
         repo: The Hub id that the card is to name.
         base_model: Hub id of what was slimmed; None is as the run names it.
         license: As the Hub writes it, `apache-2.0`; None is the original model's own.
+        branch: Where it is published, if not on main.
 
     Raises:
         ValueError: The run is not finished or damaged, or what is named is no Hub id or licence.
     """
     with tempfile.TemporaryDirectory(prefix="slimmoe-") as temporary:
-        extras = Path(temporary)
-        write_extras(run, extras, repo, base_model, license)
-        for name in _FOLDERS:
-            if (extras / name).is_dir():
-                with replacing(run / MODEL / name, overwrite=True) as partial:
-                    shutil.copytree(extras / name, partial)
-            else:
-                shutil.rmtree(run / MODEL / name, ignore_errors=True)
-        files = sorted((file for file in extras.iterdir() if file.is_file()), key=lambda file: file.name == CARD)
+        extras, model = Path(temporary), run / MODEL
+        ours = _of_before(model)
+        write_extras(run, extras, repo, base_model, license, branch)
+        files = sorted((file for file in extras.rglob("*") if file.is_file()), key=lambda file: file.name == CARD)
         for file in files:  # the card last: what it shows is there then
-            write_text(run / MODEL / file.name, file.read_text(encoding="utf-8"))
+            with replacing(model / file.relative_to(extras), overwrite=True) as partial:
+                shutil.copyfile(file, partial)
+        for name in ours - {file.relative_to(extras).as_posix() for file in files}:
+            (model / name).unlink(missing_ok=True)
+
+
+def _of_before(model: Path) -> set[str]:
+    """Names of the pictures and results in a folder that are ours: of them, another time may bring fewer."""
+    text = (model / CARD).read_text(encoding="utf-8") if (model / CARD).is_file() else ""
+    pictures = {image for image in images_of(text) if image.startswith(f"{_IMAGES}/")} if MARK in text else set()
+    tasks = Report.load(model / REPORT).models[-1].tasks if (model / REPORT).is_file() else []
+    return pictures | {f"{_RESULTS}/{_result_name(task)}" for task in tasks}
 
 
 def write_extras(
-    run: Path, folder: Path, repo: str | None = None, base_model: str | None = None, license: str | None = None
+    run: Path,
+    folder: Path,
+    repo: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    branch: str | None = None,
+    quiet: bool = False,
 ) -> None:
-    """As `complete_folder`, into a folder of its own; the run is only read."""
+    """As `complete_folder`, into a folder of its own; the run is only read. `quiet` asks nobody, and says nothing."""
     report, recipe = Report.load(run / REPORT), parse_recipe(read_yaml(run / RECIPE), str(run / RECIPE))
     model = run / MODEL
     files = publishable(model)  # refuses a folder without its weights
-    base, source = find_base(recipe.model, recipe.revision, base_model, license)
+    base, source = find_base(recipe.model, recipe.revision, base_model, license, quiet)
+    another = recipe.teacher not in (None, recipe.model)
     recipe = public_recipe(recipe, base)
     report = public_report(report, run, recipe)
     plans = []
@@ -82,16 +100,16 @@ def write_extras(
     pictures = _draw(run, folder)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    _write_results(report.models[-1].tasks, folder / ".eval_results")
+    _write_results(report.models[-1].tasks, folder / _RESULTS)
     for file in licence_files(source):
-        shutil.copyfile(file, folder / file.name)
+        if not (model / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     if not may_be_written(model / CARD):
         return
-    teacher = recipe.teacher if recipe.teacher not in (None, recipe.model) else None
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     text = run_card(RunFacts(
-        repo, base, license, teacher, recipe, report, plans, _histories(run, len(plans)), pictures, config,
-        chat=(model / "chat_template.jinja").exists(),
+        repo, base, license, recipe.teacher if another else None, recipe, report, plans, _histories(run, len(plans)),
+        pictures, config, chat=(model / "chat_template.jinja").exists(), branch=branch,
     ))  # fmt: skip
     written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     check_card(text, files.keys() | written)
@@ -170,7 +188,7 @@ def _draw(run: Path, folder: Path) -> list[tuple[str, str]]:
         named.mkdir()
         for entry in run.resolve().iterdir():
             (named / entry.name).symlink_to(entry)
-        plots = draw([named], folder / "images")
+        plots = draw([named], folder / _IMAGES)
     for plot in plots:
         plot.json.unlink()
     return [(plot.png.relative_to(folder).as_posix(), plot.caption) for plot in plots]
@@ -197,5 +215,11 @@ def _write_results(tasks: list[TaskResult], folder: Path) -> None:
             notes=f"{task.metric}, {task.num_fewshot}-shot, {task.harness or 'lm-evaluation-harness'}",
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{task.task}-{task.metric}".replace("/", "-").replace(",", "-")
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+        (folder / _result_name(task)).write_text(
+            yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8"
+        )
+
+
+def _result_name(task: TaskResult) -> str:
+    name = f"{task.task}-{task.metric}-{task.num_fewshot}-shot"
+    return name.replace("/", "-").replace(",", "-") + ".yaml"

@@ -66,14 +66,17 @@ def read_base(name: str, hub_id: str | None, card: Path | None) -> Base:
     except (ValueError, yaml.YAMLError):
         found = {}
     named = found.get("model_name")
-    languages = found.get("language") or []
+    languages = found.get("language", [])
+    spoken = [
+        language for language in (languages if isinstance(languages, list) else [languages]) if language is not None
+    ]
     link = found.get("license_link")
     if hub_id is not None and isinstance(link, str) and "://" not in link:
         link = f"https://huggingface.co/{hub_id}/blob/main/{link}"
     return Base(
         name=hub_id or (named if isinstance(named, str) and named else name), hub_id=hub_id,
         license=found.get("license"), license_name=found.get("license_name"), license_link=link,
-        languages=[languages] if isinstance(languages, str) else [str(language) for language in languages],
+        languages=["no" if language is False else str(language) for language in spoken],  # YAML reads Norwegian as no
     )  # fmt: skip
 
 

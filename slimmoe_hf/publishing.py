@@ -16,13 +16,17 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
 from slimmoe_hf import card
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.lineage import CARD, Base, find_base, is_hub_id, public_name
 from slimmoe_hf.serving import missing_biases, write_serving_config
-from slimmoe_hf.upload import Pushed, publishable, push_files
+from slimmoe_hf.teacher import LiveTeacher
+from slimmoe_hf.upload import Pushed, public_form, publishable, push_files
 
 _METRICS = {
     "loss": "training loss", "kl": "KL to the teacher, training text", "ce": "cross-entropy, training text",
@@ -38,7 +42,7 @@ class Training:
     """What the card of a trained model is made from.
 
     Attributes:
-        name: What to call it. repo: Its Hub id, if known.
+        name: What to call it. repo: Its Hub id, if known. branch: Where it is published, if not on main.
         base: What it was made from. teacher: What it learned from: a Hub id, or in words.
         license: The licence that the user named, if any.
         datasets: Hub ids of the training data.
@@ -61,6 +65,7 @@ class Training:
     history: list[dict[str, Any]]
     folder: Path
     adapter: bool
+    branch: str | None = None
 
 
 def training_card(training: Training) -> str:
@@ -70,10 +75,15 @@ def training_card(training: Training) -> str:
     origin = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{base.name}`"
     taught = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id(teacher) else teacher
     plan = card.plan_text(training.folder / "plan")
+    code = (
+        card.adapter_code(training.repo, base, training.branch)
+        if training.adapter
+        else card.loading_code(training.repo, "The", training.branch)
+    )
     summary = f"{origin}, trained on the next-token distributions of {taught} with slimmoe_hf. {plan}"
     return card.assemble(data, training.name, [
         ("", summary),
-        ("Use it", card.adapter_code(training.repo, base) if training.adapter else card.loading_code(training.repo, "The")),
+        ("Use it", code),
         ("Last measured while training", _measured(training.history)),
         ("How it was trained", card.table([["setting", "value"], *map(list, _settings(training).items())], numbers=False)),
         ("Limits", "What is measured above comes from training, not from a test of its own. Benchmarks, bias and safety were "
@@ -114,6 +124,12 @@ def _teacher_in_words(teacher: str, student: str) -> str:
     return teacher if is_hub_id(teacher) else f"`{public_name(teacher)}`" if teacher else "another model"
 
 
+def _fingerprint(model: PreTrainedModel) -> str | None:
+    """A teacher's; None where some of its weights are elsewhere, and it cannot be taken."""
+    whole = not any(weight.is_meta or isinstance(weight, DTensor) for weight in model.parameters())
+    return model_fingerprint(model) if whole and model.config.model_type in FAMILIES else None
+
+
 def hub_datasets(dataset: Any) -> list[str]:
     """The Hub ids that a dataset was downloaded from, as far as it remembers them."""
     if not isinstance(dataset, Dataset) or not dataset.info.download_checksums:
@@ -127,10 +143,15 @@ class PublishingTrainer(Trainer):
 
     `save_model()` and `push_to_hub()` write the form that serving engines expect (see `slimmoe_hf.serving`). Checkpoints
     hold exactly the trained weights, which resuming needs.
+
+    With `args.push_to_hub`, `save_model()` pushes too. Nothing is pushed while it trains, whatever `args.hub_strategy` says:
+    a stock Trainer would push its folder as it is, the training arguments with the token in them among the rest.
     """
 
     args: DistillationConfig
+    teacher: LiveTeacher
     teacher_name: str = ""
+    _branch: str | None = None
     _serving_form = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -175,16 +196,26 @@ class PublishingTrainer(Trainer):
         given = [dataset_name] if isinstance(dataset_name, str) else dataset_name
         more = [tags] if isinstance(tags, str) else list(tags or ())
         student, teacher = str(model.config._name_or_path), self.teacher_name
-        origin = teacher if not is_hub_id(student) and is_hub_id(teacher) else student
-        base, _ = find_base(origin or "a model", license=license, quiet=True)
+        base, _ = find_base(self._origin(student, folder) or "a model", license=license, quiet=True)
         text = training_card(Training(
             name=model_name or (repo or folder.resolve().name).split("/")[-1], repo=repo, base=base,
             teacher=_teacher_in_words(teacher, student), license=license,
             datasets=hub_datasets(self.train_dataset) if given is None else list(given),
             tags=list(dict.fromkeys([*card.TAGS, *more])), args=self.args, processes=self.accelerator.num_processes,
             history=self.state.log_history, folder=folder, adapter=isinstance(model, PeftModel),
+            branch=self._branch or self.args.hub_revision,
         ))  # fmt: skip
         (folder / CARD).write_text(text, encoding="utf-8")
+
+    def _origin(self, student: str, folder: Path) -> str:
+        """What the student was loaded as; or the teacher on the Hub, where a plan says that it was cut from its weights."""
+        if is_hub_id(student) or not is_hub_id(self.teacher_name):
+            return student
+        said = {card.plan_fingerprint(place / "plan") for place in (folder, Path(student))} - {None}
+        return self.teacher_name if said and _fingerprint(self.teacher.model) in said else student
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing; see the class."""
 
     def push_to_hub(
         self,
@@ -220,14 +251,15 @@ class PublishingTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        branch = self._branch = revision if revision is not None else self.args.hub_revision
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        branch = revision if revision is not None else self.args.hub_revision
         push = partial(self._push, commit_message or "End of training", branch, token)
         return push() if blocking else HfApi().run_as_future(push)
 
     def _push(self, message: str, branch: str | None, token: str | None) -> CommitInfo:
-        repo, files = str(self.hub_model_id), publishable(Path(str(self.args.output_dir)))
+        repo, folder = str(self.hub_model_id), Path(str(self.args.output_dir))
+        files = public_form(publishable(folder), folder)
         pushed: Pushed = push_files(files, repo, message=message, branch=branch, existing="update", token=token)
         url = f"{HfApi().endpoint}/{repo}/commit/{pushed.commit}"
         return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=pushed.commit)

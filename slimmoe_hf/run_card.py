@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from slimmoe_hf import card
-from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.arguments import DistillationConfig, schedule
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import Base, is_hub_id
 from slimmoe_hf.plan import CompressionPlan
@@ -42,6 +42,7 @@ class RunFacts:
         pictures: Path, caption and alternative text in one, of every image.
         config: Of the published model.
         chat: Whether the tokenizer has a chat template.
+        branch: Where it is published, if not on main.
     """
 
     repo: str | None
@@ -55,11 +56,17 @@ class RunFacts:
     pictures: list[tuple[str, str]]
     config: dict[str, Any]
     chat: bool
+    branch: str | None = None
 
     @property
     def original(self) -> ModelReport:
-        """The teacher, measured."""
+        """The teacher, measured; where that is another model, nothing measured the original."""
         return self.report.models[0]
+
+    @property
+    def compared(self) -> str:
+        """What `original` is to be called."""
+        return "original" if self.teacher is None else "teacher"
 
     @property
     def result(self) -> ModelReport:
@@ -80,7 +87,7 @@ def run_card(facts: RunFacts) -> str:
     prompts = facts.report.evaluation.prompts
     return card.assemble(data, facts.name, [
         ("", _summary(facts)),
-        ("Use it", card.loading_code(facts.repo, prompts[0] if prompts else "The") + "\n\n" + _use(facts)),
+        ("Use it", _code(facts, prompts[0] if prompts else "The")),
         ("Before and after", _before_and_after(facts)),
         ("Benchmark tasks", _tasks(facts)),
         ("What was cut, and how it recovered", _pictures(facts)),
@@ -91,6 +98,10 @@ def run_card(facts: RunFacts) -> str:
         ("Licence", card.license_text(facts.base, facts.license)),
         ("Citation", f"The method is SlimMoE ([arXiv 2506.18349]({card.PAPER})):\n\n{card.CITATION}\n\n{_versions(facts)}"),
     ])  # fmt: skip
+
+
+def _code(facts: RunFacts, prompt: str) -> str:
+    return f"{card.loading_code(facts.repo, prompt, facts.branch)}\n\n{_use(facts)}"
 
 
 def _original(facts: RunFacts) -> str:
@@ -135,9 +146,10 @@ def _summary(facts: RunFacts) -> str:
     cut = [f"every expert from {first.expert_width:,} to {last.expert_width:,} neurons"]
     if last.kv_groups != first.kv_groups:
         cut.append(f"attention from {first.kv_groups} to {last.kv_groups} key/value groups")
-    teacher = _link(facts.teacher) if facts.teacher else "the original"
+    teacher = f"another model, {_link(facts.teacher)}," if facts.teacher else "the original"
+    made = "slimmed" if facts.teacher else f"made **{1 / share:.1f} times smaller**"
     text = (
-        f"{_original(facts)} made **{1 / share:.1f} times smaller** in {stages} {plural} of [SlimMoE]({card.PAPER}): "
+        f"{_original(facts)} {made} in {stages} {plural} of [SlimMoE]({card.PAPER}): "
         f"neurons were scored on real text, the least important ones cut ({', '.join(cut)}; all {first.num_experts} experts "
         f"stay), and what was left was distilled from {teacher} after each cut. It is a stock `{stock}` checkpoint: plain "
         "`transformers` loads it."
@@ -148,7 +160,7 @@ def _summary(facts: RunFacts) -> str:
 def _glance(facts: RunFacts) -> list[list[str]]:
     before, after, split = facts.original, facts.result, facts.report.evaluation.split
     return [
-        ["", "original", "this model", "change"],
+        ["", facts.compared, "this model", "difference" if facts.teacher else "change"],
         ["parameters", f"{before.total_parameters:,}", f"{after.total_parameters:,}", _change(after, before, "total_parameters")],
         ["active per token", f"{before.active_parameters:,}", f"{after.active_parameters:,}",
          _change(after, before, "active_parameters")],
@@ -177,7 +189,7 @@ def _before_and_after(facts: RunFacts) -> str:
         ["model", "parameters", "active", "file", f"{evaluation.split} loss", "perplexity", "bits/byte", "tokens/s"]
     ]
     for model in models:
-        name = "original" if model.step == "teacher" else model.name.replace("-", " ")
+        name = facts.compared if model.step == "teacher" else model.name.replace("-", " ")
         rows.append([
             f"**{name}** (this one)" if model is models[-1] else name, f"{model.total_parameters:,}",
             f"{model.active_parameters:,}", _megabytes(model.bytes), f"{model.loss:.4f}", f"{model.perplexity:.1f}",
@@ -196,7 +208,7 @@ def _tasks(facts: RunFacts) -> str:
     if not facts.result.tasks:
         return ""
     others: list[TaskResult] = facts.original.tasks
-    rows = [["task", "metric", "shots", "original", "this model"]]
+    rows = [["task", "metric", "shots", facts.compared, "this model"]]
     for task in facts.result.tasks:
         same = next((other for other in others if other.same_question(task)), None)
         part = f" (first {task.limit} questions only)" if task.limit is not None else ""
@@ -244,7 +256,6 @@ def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: lis
     trained = [int(entry["num_tokens"]) for entry in history if "num_tokens" in entry]
     divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
     each = " per process" if facts.recipe.accelerate else ""
-    precision = " mixed with bfloat16" if said["bf16"] else " mixed with float16" if said["fp16"] else ""
     return {
         "neurons per expert": _arrow(before.expert_width, after.expert_width),
         "key/value groups": _arrow(before.kv_groups, after.kv_groups),
@@ -253,21 +264,31 @@ def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: lis
         "optimizer steps": f"{history[-1]['step']:,}" if history else str(said["max_steps"]),
         "batch": f"{rows:,} rows of {facts.recipe.data.max_length:,} tokens{each}",
         "tokens trained on": f"{trained[-1]:,}" if trained else "-",
-        "learning rate": f"{said['learning_rate']:g}, {card.word(said['lr_scheduler_type'])}",
+        "learning rate": f"{float(said['learning_rate']):g}, {card.word(said['lr_scheduler_type'])}",
         "loss": card.loss_in_words(said),
-        "weights while training": stage.training_dtype + precision,
+        "weights while training": stage.training_dtype + _mixed(said),
         "KL to the teacher": f"{divergences[0]:.3f} → {divergences[-1]:.3f}" if divergences else "-",
     }  # fmt: skip
 
 
 def _arguments(stage: Stage) -> dict[str, Any]:
-    """The training arguments of a stage, defaults filled in."""
+    """The training arguments of a stage, defaults filled in and weights read as `DistillationConfig` reads them."""
     defaults = {
         each.name: each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
         for each in dataclasses.fields(DistillationConfig)
         if each.init
     }
-    return {**defaults, **stage.distillation}
+    said = {**defaults, **stage.distillation}
+    return said | {name: schedule(name, said[name]) for name in ("distillation_weight", "crossentropy_weight")}
+
+
+def _mixed(said: Mapping[str, Any]) -> str:
+    """Mixed precision, as far as the settings decide it: on its own it is the GPU's matter, which no file of a run tells."""
+    if said["fp16"]:
+        return " mixed with float16"
+    if said["bf16"] is None and not said["use_cpu"]:
+        return " (mixed with bfloat16 on a GPU that has it)"
+    return " mixed with bfloat16" if said["bf16"] else ""
 
 
 def _arrow(before: int, after: int) -> str:
@@ -280,7 +301,7 @@ def _limits(facts: RunFacts) -> str:
     worse = f"{abs(gap):.4f} nats per token {'worse' if gap > 0 else 'better'} than"
     window = int(facts.config.get("max_position_embeddings") or 0)
     points = [
-        f"On its own test text it is {worse} the original ({math.exp(gap):.2f} times its perplexity).",
+        f"On its own test text it is {worse} the {facts.compared} ({math.exp(gap):.2f} times its perplexity).",
         f"It was trained back on {tokens:,} tokens of one source, {_link(evaluation.data)}. On text of another kind or language "
         "it may have lost more than the table shows; that was not measured.",
     ]
@@ -327,7 +348,7 @@ def _router_points(facts: RunFacts) -> list[str]:
 def _samples(facts: RunFacts) -> str:
     prompts, parts = facts.report.evaluation.prompts, []
     shown = [
-        ("original", facts.original),
+        (facts.compared, facts.original),
         ("cut, not yet distilled", facts.report.models[-2]),
         ("this model", facts.result),
     ]

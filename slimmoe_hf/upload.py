@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,9 +29,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id
 
 from slimmoe_hf.card import images_of
-from slimmoe_hf.lineage import CARD
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.lineage import CARD, is_hub_id, public_name
 from slimmoe_hf.loading import weight_files
-from slimmoe_hf.shards import INDEX
+from slimmoe_hf.serving import serving_config
+from slimmoe_hf.shards import INDEX, read_header
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -47,6 +50,7 @@ _STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth",
 _KEPT = ".gitattributes"  # the Hub's own
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
 _TEXT_LIMIT = 1 << 26
+_LOCAL_KEYS = ("_name_or_path", "name_or_path")
 
 Content = Path | bytes
 """A file's contents, or where they lie."""
@@ -116,6 +120,55 @@ def publishable(folder: Path) -> dict[str, Path]:
             if (folder / image).is_file() and ".." not in Path(image).parts and not Path(image).is_absolute():
                 found[image] = folder / image
     return dict(sorted(found.items()))
+
+
+def public_form(files: Mapping[str, Path], folder: Path, base_model: str | None = None) -> dict[str, Content]:
+    """Files as others may see them: without names of places on this machine, a config in the form that engines expect.
+
+    Args:
+        files: From `publishable`; they are only read.
+        folder: Where they lie.
+        base_model: The Hub id that an adapter is to name.
+
+    Raises:
+        ValueError: It is an adapter that names its model by a local path, and `base_model` is not given.
+    """
+    if ADAPTER in files and base_model is None:
+        origin = json.loads(files[ADAPTER_CONFIG].read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not is_hub_id(str(origin or "")):
+            raise ValueError(
+                f"{files[ADAPTER_CONFIG]}: names its model by a path of yours ({public_name(str(origin or ''))}), which "
+                "nobody else has. Give its id on the Hub (slimmoe push --base-model), or merge the adapter and push the "
+                "whole model."
+            )
+    return {
+        name: _public_json(name, file, folder, base_model)
+        if name.endswith(".json") and file.stat().st_size < 1 << 20
+        else file
+        for name, file in files.items()
+    }
+
+
+def _public_json(name: str, file: Path, folder: Path, base_model: str | None) -> Content:
+    values: Any = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        return file
+    before = json.dumps(values)
+    for key in _LOCAL_KEYS:
+        if isinstance(values.get(key), str) and not is_hub_id(values[key]):
+            del values[key]
+    if name == ADAPTER_CONFIG and base_model is not None:
+        values["base_model_name_or_path"] = base_model
+    if name == "config.json" and values.get("model_type") in FAMILIES:
+        biases = {key: values[key] for key in ("attention_bias", "lm_head_bias") if key in values}
+        values = serving_config(values)
+        stored = {tensor for shard in weight_files(folder) for tensor in read_header(shard)}
+        if not any(tensor.endswith("lm_head.bias") for tensor in stored):
+            values |= biases  # the weights lack them, and a config that promises them would not load
+    if name == "plan/plan.json" and isinstance(values.get("request"), dict):
+        teacher = values["request"].get("teacher_model")
+        values["request"]["teacher_model"] = public_name(teacher) if isinstance(teacher, str) else teacher
+    return file if json.dumps(values) == before else (json.dumps(values, indent=2) + "\n").encode()
 
 
 def check_repo(repo: str) -> None:
@@ -198,6 +251,7 @@ def push_files(
             held, own = _look(api, repo, branch)
         assert held is not None
         if branch is not None:
+            api.preupload_lfs_files(repo, operations.values(), free_memory=False)  # cut short, there is no branch yet
             api.create_branch(repo, branch=branch, exist_ok=True)
         stale = _to_delete(operations, held, "replace" if not own else existing)
         commit = api.create_commit(
@@ -211,7 +265,7 @@ def push_files(
 
 
 def _look(api: HfApi, repo: str, branch: str | None) -> tuple[_Held | None, bool]:
-    """What a branch holds, and whether it is its own: a branch that is not there yet, or new, holds what main does."""
+    """What a branch holds, and whether it is its own: one that is not there yet will hold what main does."""
     try:
         main = _held(api, repo, None)
     except RepositoryNotFoundError:
@@ -219,10 +273,9 @@ def _look(api: HfApi, repo: str, branch: str | None) -> tuple[_Held | None, bool
     if branch in (None, "main"):
         return main, True
     try:
-        held = _held(api, repo, branch)
+        return _held(api, repo, branch), True
     except RevisionNotFoundError:
         return main, False
-    return held, held.commit != main.commit
 
 
 def _held(api: HfApi, repo: str, revision: str | None) -> _Held:

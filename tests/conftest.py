@@ -9,6 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
+import rich
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def console() -> None:
+    """Commands send this process's console to stderr; functions print where it stood."""
+    rich.reconfigure(stderr=False)

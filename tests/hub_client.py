@@ -65,5 +65,6 @@ def use_here(monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path, token: 
         "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the endpoint of its first call
     monkeypatch.delenv("HF_TOKEN", raising=False) if token is None else monkeypatch.setenv("HF_TOKEN", token)
     close_session()

@@ -103,6 +103,7 @@ def test_killed_and_called_again_no_whole_shard_is_downloaded_twice_and_none_is_
     assert {file.parent for file in weights_under(tmp_path)} == {tmp_path / "out", tmp_path / "local"}
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_one_line_and_shards_of_a_folder_are_never_deleted(hub, slim, tmp_path: Path):
     root, _ = hub
     own = str(root / "someone" / "tiny-moe")

@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-import rich
 import torch
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
@@ -590,9 +589,3 @@ def test_the_middle_of_the_diverging_map_is_an_even_load():
     red, green, blue, _ = colors(norm(1.0))
     assert min(red, green, blue) > 0.95
     assert torch.isclose(torch.tensor(float(norm(0.5)) + float(norm(2.0))), torch.tensor(1.0))
-
-
-@pytest.fixture(autouse=True)
-def console() -> None:
-    """Commands send the console to stderr; functions print where it stood."""
-    rich.reconfigure(stderr=False)

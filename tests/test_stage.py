@@ -368,6 +368,7 @@ def run_and_die(recipe: Path) -> None:
     run_recipe(recipe)
 
 
+@pytest.mark.slow
 def test_a_stage_in_bfloat16_resumes_exactly(home: Path, tmp_path: Path):
     """On a CPU `teacher_memory` is taken and has no effect."""
     for name in ("killed", "whole"):
