@@ -203,7 +203,7 @@ name = "{repo or PLACE}"
 tokenizer = AutoTokenizer.from_pretrained(name{at})
 model = AutoModelForCausalLM.from_pretrained(name{at}, dtype="auto")
 
-prompt = {prompt!r}
+prompt = {json.dumps(prompt, ensure_ascii=False)}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
