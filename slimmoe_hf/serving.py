@@ -39,6 +39,7 @@ def serving_config(values: dict[str, Any]) -> dict[str, Any]:
         values |= {key: number} if number is not None else {}
     if model_type in _NAMES:
         values["architectures"] = [_NAMES[model_type]]
+        values["auto_map"] = {}  # no code comes along; TRL, which finds no class of that name, reads this key unasked
         values["attention_bias"] = values["lm_head_bias"] = True
         values |= _both_spellings(values)
     return values

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_surgery import random_plan
 from tiny import save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import create_model_from_path
 
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.families import FAMILIES
@@ -56,7 +57,7 @@ def test_a_slimmed_phimoe_has_what_engines_expect_and_computes_the_same(biases: 
     config = json.loads((slim_checkpoint(source, plan, tmp_path / "slimmed") / "config.json").read_text())
     assert config["architectures"] == ["PhiMoEForCausalLM"] and config["model_type"] == "phimoe"
     assert config["attention_bias"] is config["lm_head_bias"] is config["use_cache"] is True
-    assert config["num_experts_per_tok"] == 2 and config["head_dim"] == 8 and "auto_map" not in config
+    assert config["num_experts_per_tok"] == 2 and config["head_dim"] == 8 and config["auto_map"] == {}
     assert config["rope_scaling"] == OLD_ROPE["rope_scaling"] and config["rope_theta"] == 10000.0
     assert config["original_max_position_embeddings"] == 64
     rope = {key: value for key, value in OLD_ROPE["rope_scaling"].items() if key != "type"}
@@ -85,6 +86,8 @@ def test_saving_changes_no_output_of_any_family(family: str, tmp_path: Path):
     assert not any(info.values()), info
     assert torch.equal(reloaded.eval()(**tiny_batch()).logits, expected)
     assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+    by_name = create_model_from_path(str(tmp_path))  # as TRL's trainers load a model that they are given by name
+    assert torch.equal(by_name.eval()(**tiny_batch()).logits, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +96,8 @@ def test_the_serving_form_is_reached_in_one_step_and_keeps_every_other_value(fam
     once = serving_config(values)
     assert serving_config(once) == once
     before, after = (AutoConfig.for_model(**each).to_dict() for each in (values, once))
-    changed = {key for key in after if before.get(key) != after[key]} - {"architectures", "rope_scaling", "rope_theta"}
+    names = {"architectures", "auto_map", "rope_scaling", "rope_theta"}
+    changed = {key for key in after if before.get(key) != after[key]} - names
     assert changed <= {"rope_parameters", "transformers_version"}, changed
     if family == "qwen3_moe":
         assert once["num_experts"] == once["num_local_experts"] == 4
