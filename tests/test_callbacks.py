@@ -231,9 +231,11 @@ import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_callbacks import plain_trainer
 from pathlib import Path
+from slimmoe_hf.resumption import last_complete_checkpoint
 folder = Path(sys.argv[1])
 trainer = plain_trainer(folder, max_steps=30, save_strategy="steps", save_steps=5)
-trainer.train(resume_from_checkpoint=bool(list(folder.glob("checkpoint-*"))))
+found = last_complete_checkpoint(folder)  # the kill may have hit the next one half-written, which True would take
+trainer.train(resume_from_checkpoint=str(found) if found else None)
 trainer.save_model(folder / "model")
 """
 
