@@ -191,6 +191,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def require_whole(file: Path, size: int) -> None:
+    """Raise ValueError if a file of a cache is missing, or has another size than the manifest says."""
     if not file.is_file():
         raise ValueError(f"{file}: missing. Write the cache again.")
     if file.stat().st_size != size:

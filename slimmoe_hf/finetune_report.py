@@ -17,11 +17,12 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets")
 
 
 class HeldOut(BaseModel):
-    """Mean nats per predicted token of one split, of the model as it came and as it was saved.
+    """Mean nats per predicted token of one split, of the model as it came and as it was trained.
 
     Attributes:
         documents: How many. tokens: Predicted ones that the loss is on.
-        before: Loss of the model that was fine-tuned. after: Of what came out.
+        before: Loss of the model that was fine-tuned. after: Of what came out, before it was cast to the dtype that it is
+            saved in.
     """
 
     model_config = ConfigDict(frozen=True)
