@@ -30,6 +30,13 @@ class DistillationConfig(SFTConfig):
         teacher_model_init_kwargs: For `from_pretrained`, where the teacher is given by name. With a teacher larger than
             the GPU, `{"device_map": "auto", "max_memory": {0: "12GB", "cpu": "100GB"}}` keeps 12 GB of it there and
             streams the rest from host memory at every forward.
+        teacher_logits_path: Folder of a teacher cache (see `slimmoe cache`), in place of a teacher.
+        precompute_teacher_logits: Whether to write that cache with the given teacher before training, which is then out
+            of memory; in `output_dir/teacher-cache` where `teacher_logits_path` is None. One that is there is used.
+        router_logits_weight: Weight of the KL between the teacher's and the student's router distributions, token by token,
+            mean over layers.
+        hidden_states_weight: Weight of the mean squared error of the layers' outputs as a share of the teacher's mean
+            square, token by token, mean over layers.
 
     Raises:
         ValueError: A value outside its range, or an SFT setting that the distillation loss replaces.
@@ -72,6 +79,18 @@ class DistillationConfig(SFTConfig):
         default=None,
         metadata={"help": "Keyword arguments of from_pretrained for a teacher given by name."},
     )
+    teacher_logits_path: str | None = field(
+        default=None, metadata={"help": "Folder of a teacher cache, in place of a teacher."}
+    )
+    precompute_teacher_logits: bool = field(
+        default=False, metadata={"help": "Write a teacher cache before training, and train from it."}
+    )
+    router_logits_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the KL between the routers of teacher and student; 0.0 is off."}
+    )
+    hidden_states_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the relative squared error of the layers' outputs; 0.0 is off."}
+    )
 
     def __post_init__(self) -> None:
         """Fill in defaults that depend on the machine and check every value."""
@@ -81,6 +100,7 @@ class DistillationConfig(SFTConfig):
         for name in ("distillation_weight", "crossentropy_weight"):
             setattr(self, name, schedule(name, getattr(self, name)))
         self._check_loss()
+        self._check_terms()
         self._check_replaced()
 
     def weights_at(self, progress: float) -> tuple[float, float]:
@@ -88,6 +108,14 @@ class DistillationConfig(SFTConfig):
         ends = (_ends(self.distillation_weight), _ends(self.crossentropy_weight))
         distillation, crossentropy = (start + (end - start) * progress for start, end in ends)
         return distillation, crossentropy
+
+    def loss_settings(self) -> dict[str, Any]:
+        """What the loss is made of: a run that goes on with another value is another run."""
+        names = (
+            "beta", "temperature", "loss_top_k", "loss_add_tail", "distillation_weight", "crossentropy_weight",
+            "router_logits_weight", "hidden_states_weight", "router_aux_loss_coef",
+        )  # fmt: skip
+        return {name: vars(self)[name] for name in names}
 
     def _check_loss(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -109,6 +137,22 @@ class DistillationConfig(SFTConfig):
                 )
         if self.router_aux_loss_coef is not None and not 0.0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is negative. 0.0 turns it off.")
+
+    def _check_terms(self) -> None:
+        for name in ("router_logits_weight", "hidden_states_weight"):
+            weight = vars(self)[name]
+            if not 0.0 <= weight < math.inf:
+                raise ValueError(f"{name}={weight} is not a number of at least 0. 0.0 turns it off.")
+            if weight and (self.teacher_logits_path is not None or self.precompute_teacher_logits):
+                raise ValueError(
+                    f"{name}={weight} compares what is inside the models, and a teacher cache holds the teacher's answers "
+                    "only. Set it to 0.0, or train with the teacher itself."
+                )
+            if weight and _dict(self.gradient_checkpointing_kwargs).get("use_reentrant"):
+                raise ValueError(
+                    f"{name}={weight} gets no gradient under reentrant gradient checkpointing. Leave use_reentrant out of "
+                    "gradient_checkpointing_kwargs."
+                )
 
     def _check_replaced(self) -> None:
         """SFT settings that our `compute_loss` would silently ignore."""
@@ -132,6 +176,11 @@ class DistillationConfig(SFTConfig):
                 "average_tokens_across_devices=False weighs a token by the process it falls on, so the gradient would "
                 "depend on how the batch was cut. Leave it True."
             )
+
+
+def _dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(value, str), "TrainingArguments parses JSON text"
+    return dict(value or {})
 
 
 def _ends(weight: float | list[float] | str) -> tuple[float, float]:

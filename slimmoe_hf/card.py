@@ -265,6 +265,9 @@ def loss_in_words(said: Mapping[str, Any]) -> str:
     parts = [f"{_weight(said['distillation_weight'])}{kind}{top}, T = {said['temperature']:g}"]
     if said["crossentropy_weight"]:
         parts.append(f"{_weight(said['crossentropy_weight'])}cross-entropy")
+    for name, term in (("router_logits_weight", "router KL"), ("hidden_states_weight", "hidden-state error")):
+        if said.get(name):
+            parts.append(f"{_weight(said[name])}{term}")
     return " + ".join(parts)
 
 

@@ -11,7 +11,8 @@ adds is multiplied by the layers. A training step has its peak in one of six pla
     optimizer  the optimizer's step, without activations
 
 Not counted: what a kernel takes for itself inside one operation, the CUDA context, fragmentation. Rows are full (no
-padding mask), the loss is transformers' own cross-entropy on whole logits, AdamW is the fused one (as Trainer's is).
+padding mask), the loss is transformers' own cross-entropy on whole logits (distilling: `fused`, in chunks as large as a
+GPU takes them), AdamW is the fused one (as Trainer's is).
 
 Shape letters: B rows, T tokens per row, V vocabulary, L layers, N tokens, S routed token-expert pairs, F expert width.
 """
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -35,8 +36,10 @@ from transformers.optimization import Adafactor
 from slimmoe_hf import disk
 from slimmoe_hf.cache_format import TOP_K, bytes_per_answer
 from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.fused import block_rows, chunk_rows, fused_distillation_loss
 from slimmoe_hf.lora import lora_config
 from slimmoe_hf.losses import DistillationLoss, forward_kl
+from slimmoe_hf.signals import Head, TeacherStates, TeacherTopK
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.tracing import Phase, Run, layer_kinds, skeleton, trace, trace_optimizer
 
@@ -264,22 +267,29 @@ class _Step:
 
     def _distil(self, model: Any, ids: Tensor, teacher: Any) -> Tensor:
         """What `DistillationTrainer.compute_loss` holds, held as long as it does."""
+        whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        counts_BT = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        answers = self._answers(ids, counts_BT, teacher, whole.config.vocab_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            outputs = model(input_ids=ids, use_cache=False)
-        if self.autocast:  # accelerate gives the outputs back in float32
-            outputs.logits = outputs.logits.float()
-        counts = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+            hidden_ND = whole.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][counts_BT]
+            head = Head.of(whole)
+            vocabulary, gpu = len(head.weight_VD), torch.device("cuda")
+            rows = chunk_rows(len(hidden_ND), vocabulary, gpu)
+            return fused_distillation_loss(
+                hidden_ND, head, answers, ids[:, 1:].flatten(), self.loss, crossentropy_weight=float(self.crossentropy),
+                rows=rows, block=block_rows(rows, vocabulary, gpu),
+            ).loss  # fmt: skip
+
+    def _answers(self, ids: Tensor, counts_BT: Tensor, teacher: Any, vocabulary: int) -> Any:
+        """Of a live teacher its hidden states, which come before the student's; of a cache its entries."""
         if teacher is None:
-            student_NV = outputs.logits[:, :-1][counts].float().log_softmax(-1)
-            index_NK = student_NV.new_empty(student_NV.shape[0], CACHE_TOP_K, dtype=torch.long)
-            loss_N = student_NV.gather(-1, index_NK).sum(-1)
-            return (loss_N + student_NV.scatter(-1, index_NK, -torch.inf).logsumexp(-1)).sum()
+            size = counts_BT.numel(), min(CACHE_TOP_K, vocabulary)
+            log_probs_NK = torch.empty(size, dtype=torch.float16)
+            index_NK = torch.empty(size, dtype=torch.int32)
+            return TeacherTopK(log_probs_NK, index_NK, log_probs_NK[:, 0].clone(), vocabulary, self.loss.temperature)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            answers = teacher(input_ids=ids, use_cache=False).logits
-        student_NV, teacher_NV = outputs.logits[:, :-1][counts], answers[:, :-1][counts]
-        losses = self.loss(student_NV, teacher_NV, ids[:, 1:].flatten())
-        loss_N = losses.divergence_N + losses.cross_entropy_N if self.crossentropy else losses.divergence_N
-        return loss_N.sum()
+            hidden_BTU = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return TeacherStates(hidden_BTU[:, :-1][counts_BT], Head.of(teacher))
 
 
 def _generate(model: Any, ids: Tensor, _other: Any) -> None:

@@ -81,7 +81,7 @@ def run_recipe(
         if inputs is None:
             return None
         tasks = _tasks(recipe.evaluation)
-        run.begin(recipe, inputs.hashes, torch.get_num_threads())
+        run.begin(recipe, inputs.hashes, 0 if torch.accelerator.is_available() else torch.get_num_threads())
         return _Pipeline(recipe, inputs, run, tasks).run()
 
 

@@ -16,16 +16,12 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
 from slimmoe_hf import card
 from slimmoe_hf.arguments import DistillationConfig
-from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.lineage import CARD, Base, find_base, is_hub_id, public_name
 from slimmoe_hf.serving import missing_biases, write_serving_config
-from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.upload import Pushed, public_form, publishable, push_files
 
 _METRICS = {
@@ -124,12 +120,6 @@ def _teacher_in_words(teacher: str, student: str) -> str:
     return teacher if is_hub_id(teacher) else f"`{public_name(teacher)}`" if teacher else "another model"
 
 
-def _fingerprint(model: PreTrainedModel) -> str | None:
-    """A teacher's; None where some of its weights are elsewhere, and it cannot be taken."""
-    whole = not any(weight.is_meta or isinstance(weight, DTensor) for weight in model.parameters())
-    return model_fingerprint(model) if whole and model.config.model_type in FAMILIES else None
-
-
 def hub_datasets(dataset: Any) -> list[str]:
     """The Hub ids that a dataset was downloaded from, as far as it remembers them."""
     if not isinstance(dataset, Dataset) or not dataset.info.download_checksums:
@@ -149,8 +139,8 @@ class PublishingTrainer(Trainer):
     """
 
     args: DistillationConfig
-    teacher: LiveTeacher
     teacher_name: str = ""
+    teacher_fingerprint: str | None = None
     _branch: str | None = None
     _serving_form = False
 
@@ -212,7 +202,7 @@ class PublishingTrainer(Trainer):
         if is_hub_id(student) or not is_hub_id(self.teacher_name):
             return student
         said = {card.plan_fingerprint(place / "plan") for place in (folder, Path(student))} - {None}
-        return self.teacher_name if said and _fingerprint(self.teacher.model) in said else student
+        return self.teacher_name if said and self.teacher_fingerprint in said else student
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push nothing; see the class."""

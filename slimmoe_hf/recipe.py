@@ -42,6 +42,7 @@ _ELSEWHERE = {
     "dataset_kwargs": "the data is tokenised before the trainer sees it",
     "model_init_kwargs": "the student is the stage's slimmed model",
     "teacher_model_init_kwargs": "the teacher is the recipe's `teacher`, and `teacher_memory` says where it is",
+    "teacher_logits_path": "`precompute_teacher_logits` writes the answers of the recipe's `teacher` in the run's folder",
     "fsdp": "the config that `accelerate` names says it",
     "fsdp_config": "the config that `accelerate` names says it",
     "push_to_hub": "publish the finished folder instead",

@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from slimmoe_hf.atomic import PARTIAL, flush, write_text
 
+SETTINGS = "settings.json"
+"""What a run must have in common with the one that it continues; part of a checkpoint."""
 MARK = "complete.json"
 """The file that vouches for a checkpoint: names and sizes of all others, written last."""
 
@@ -134,6 +136,35 @@ def require_complete(folder: str | Path) -> None:
         )
 
 
+def require_same_settings(folder: str | Path, ours: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a run with other settings; one without a note of its settings is taken at its word.
+
+    Args:
+        folder: A complete checkpoint.
+        ours: Name -> value of this run.
+
+    Raises:
+        ValueError: Some differ; the line says which and how.
+    """
+    try:
+        theirs = json.loads((Path(folder) / SETTINGS).read_text())
+    except FileNotFoundError:
+        return
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if names:
+        differing = "; ".join(
+            f"{name} was {_shown(theirs.get(name))} and is {_shown(ours.get(name))}" for name in names
+        )
+        raise ValueError(
+            f"{folder} cannot be resumed from: {differing}. Continue as it began, or start over in another output_dir."
+        )
+
+
+def _shown(value: Any) -> str:
+    """Hashes are told apart by their beginnings."""
+    return " ".join(f"{word[:12]}..." if len(word) == 64 else word for word in str(value).split())
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The complete checkpoint of a run with the most steps, or None; torn ones are passed over."""
     return next((folder for folder in reversed(_checkpoints(Path(output_dir))) if is_complete(folder)), None)
@@ -233,7 +264,8 @@ class ResumableTrainer(Trainer):
     Checkpoints carry a mark that is written last; `train(resume_from_checkpoint=True)` takes the last complete one,
     and a named one must be complete. Every weight comes back, on resume and with `load_best_model_at_end`; so does the
     optimizer's state, in the dtype that it had. PEFT adapters, FSDP and DeepSpeed load their weights the stock way,
-    which under FSDP is strict; there a checkpoint must have been written under FSDP too, and elsewhere without.
+    which under FSDP is strict; there a checkpoint must have been written under FSDP too, and elsewhere without. Settings
+    without which it would be another run (`run_settings`) are noted in a checkpoint, and compared.
     """
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -241,7 +273,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: There is no complete checkpoint to resume from, the named one is torn or without optimizer
-                state, or it is of a model with other shapes.
+                state, or it is of a model with other shapes or of a run with other settings.
         """
         folder: Path | None = None
         if resume_from_checkpoint is True:
@@ -258,8 +290,17 @@ class ResumableTrainer(Trainer):
             require_complete(folder)
         # The Trainer seeds in `__init__`: what ran since, such as a calibration that a second start can skip, would
         # decide the noise of the first steps.
+        if folder is not None:
+            require_same_settings(folder, self.run_settings())
         set_seed(self.args.seed)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def run_settings(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, by a name that a message can use.
+
+        On a CPU that is the number of threads: sums in another order end in other bits.
+        """
+        return {"number of threads": torch.get_num_threads()} if self.accelerator.device.type == "cpu" else {}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
@@ -274,6 +315,7 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_text(folder / SETTINGS, json.dumps(self.run_settings(), indent=1))
             mark_complete(folder)
             best = self.state.best_model_checkpoint
             _rotate(output_dir, limit, {folder.resolve()} | ({Path(best).resolve()} if best else set()))

@@ -45,10 +45,10 @@ class RunFolder:
         Args:
             recipe: Stored as `recipe.yaml`.
             inputs: Names and hashes of what the run reads: it only continues on the same.
-            threads: CPU threads; a run may continue on another number, but not bit for bit.
+            threads: CPU threads where they decide the last digits of the weights, 0 where a GPU computes.
 
         Raises:
-            ValueError: The model or the data has changed since the run began.
+            ValueError: The model, the data or the number of threads has changed since the run began.
         """
         if self.state == "unfinished":
             content = self._load()
@@ -59,9 +59,11 @@ class RunFolder:
                     f"{self.path}: the {changed[0]} changed since this run began. Bring back what it was, give another "
                     "--output, or --overwrite to start over."
                 )
-            if content["threads"] != threads:
-                began = f"this run began on {content['threads']} threads and continues on {threads}"
-                get_console().log(f"{began}: its weights will differ in the last digits")
+            if 0 < content["threads"] != threads > 0:
+                raise ValueError(
+                    f"{self.path}: this run began on {content['threads']} CPU threads and would continue on {threads}, with "
+                    f"other weights. Set OMP_NUM_THREADS={content['threads']}, or --overwrite to start over."
+                )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             _acquire(self._lock, self.path)

@@ -1,29 +1,75 @@
-"""Where the teacher's signal comes from. Today: a live model, asked batch by batch.
+"""Where the teacher's signal comes from: `LiveTeacher`, `OwnBase` and, in `cached_teacher`, answers from disk.
 
-Shape letters: B rows, T tokens per row, V vocabulary.
+Shape letters: B rows, T tokens per row, N predictions that count, U teacher width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.modeling import align_module_device
+from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_fsdp_enabled
 
+from slimmoe_hf.cache_format import base_vocabulary
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.identity import model_fingerprint
+from slimmoe_hf.logit_losses import apply_head
 from slimmoe_hf.losses import shared_vocabulary
+from slimmoe_hf.signals import Head, Teacher, TeacherLogits, TeacherStates
+from slimmoe_hf.student_forward import keeps_logits_apart, same_logits
+from slimmoe_hf.terms import Seen, Terms
 
+logger = logging.getLogger(__name__)
 _STAYS_EMPTY = (
     "fsdp_cpu_ram_efficient_loading leaves the teacher of every process but the first empty, and only fsdp_version: 2 "
     "without a device_map fills it again. Change one of them."
 )
+
+
+class TeacherSource(Protocol):
+    """What the trainer asks of a teacher, wherever its answers come from.
+
+    Attributes:
+        vocab_size: V, ids that it answers over.
+        name: What it was loaded from.
+    """
+
+    vocab_size: int
+    name: str
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Be ready to answer, where the student computes."""
+
+    def identity(self) -> str:
+        """What tells it from others: a resumed run must have the same."""
+
+    def fingerprint(self) -> str | None:
+        """`identity.model_fingerprint` of the model that gives, or gave, the answers; None where it is not known."""
+
+    def answers(self, inputs: Mapping[str, Any], counts_BT: Tensor, terms: Terms) -> tuple[Teacher, Seen]:
+        """Answers to the predictions that count, and what the terms want of its layers.
+
+        Args:
+            inputs: A batch without labels.
+            counts_BT: `[B, T - 1]`, where the next token is predicted.
+            terms: Those of the loss.
+
+        Returns:
+            Answers to N predictions on the device of `input_ids`, and what was seen of the same.
+        """
 
 
 class LiveTeacher:
@@ -35,13 +81,26 @@ class LiveTeacher:
         vocab_size: V, rows of its head.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Freeze `model` and switch it to eval mode; it is changed in place, and stays on its device until `place`."""
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, frozen: bool = True
+    ) -> None:
+        """Freeze `model` and switch it to eval mode, in place; it stays on its device until `place`.
+
+        Args:
+            model: The teacher.
+            tokenizer: Its own.
+            frozen: False leaves all that to the caller.
+        """
+        self.model: Any = model
+        if frozen:
+            model.eval().requires_grad_(False)
         places = set((vars(model).get("hf_device_map") or {}).values())
         self._dispatched = len(places) > 1 or "disk" in places  # accelerate's hooks bring weights and inputs together
         self.tokenizer = tokenizer
         self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self.name = str(model.config._name_or_path)
+        # Whether its logits are its head times its last hidden states; None until a batch has shown it.
+        self._head_apart: bool | None = None if keeps_logits_apart(model) else False
 
     @classmethod
     def load(
@@ -88,7 +147,7 @@ class LiveTeacher:
         shared_vocabulary(student_size, self.vocab_size, len(tokenizer))
         if self.tokenizer is None:
             return
-        ours, theirs = (_base_vocabulary(one) for one in (tokenizer, self.tokenizer))
+        ours, theirs = (base_vocabulary(one) for one in (tokenizer, self.tokenizer))
         differing = sum(theirs.get(index, token) != token for index, token in ours.items())
         if differing or len(ours) != len(theirs):
             raise ValueError(
@@ -123,6 +182,16 @@ class LiveTeacher:
         if not self._dispatched:
             self.model.to(device)
 
+    def identity(self) -> str:
+        """The fingerprint of its weights, or where none can be taken its name."""
+        return self.fingerprint() or self.name
+
+    def fingerprint(self) -> str | None:
+        """None where some weights are elsewhere (offloaded, or sharded as they are after `place` under FSDP2)."""
+        weights = list(self.model.parameters())
+        whole = not any(weight.is_meta or isinstance(weight, DTensor) for weight in weights)
+        return model_fingerprint(self.model) if whole and self.model.config.model_type in FAMILIES else None
+
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """Logits of one batch.
@@ -135,6 +204,89 @@ class LiveTeacher:
         """
         device = inputs["input_ids"].device
         return self.model(**inputs, use_cache=False).logits.to(device)
+
+    @torch.no_grad()
+    def answers(self, inputs: Mapping[str, Any], counts_BT: Tensor, terms: Terms) -> tuple[Teacher, Seen]:
+        """As `TeacherSource.answers`; hidden states with the head, where these are all that the logits are made of."""
+        device = inputs["input_ids"].device
+        with terms.watching(self.model) as seen:
+            hidden_BTU = self._hidden_states(inputs) if self._head_apart is not False else None
+            if hidden_BTU is not None:
+                hidden_NU = hidden_BTU[:, :-1][counts_BT.to(hidden_BTU.device)].to(device)
+                return TeacherStates(hidden_NU, self._head(device)), seen.at(counts_BT)
+            for kept in (seen.router_logits, seen.hidden_states):
+                kept.clear()
+            return TeacherLogits(self.logits(inputs)[:, :-1][counts_BT]), seen.at(counts_BT)
+
+    def _hidden_states(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The last ones, `[B, T, U]`; None where the first batch shows that the logits are not made of them alone.
+
+        The whole model is called, as hooks of FSDP2 and accelerate want it, with the logits of the last token only.
+        """
+        seen: list[Tensor] = []
+        hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state))
+        try:
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits
+        finally:
+            hook.remove()
+        if self._head_apart is None:
+            try:
+                made = apply_head(self._head(logits.device), seen[0][:, -1:].to(logits.device))
+                self._head_apart = same_logits(logits, made)
+            except ValueError as error:
+                logger.debug("the teacher makes its logits itself: %s", error)
+                self._head_apart = False
+        return seen[0] if self._head_apart else None
+
+    def _head(self, device: torch.device) -> Head:
+        module: Any = self.model.get_output_embeddings()
+        with align_module_device(module, device):  # one that accelerate keeps elsewhere
+            head = Head.of(self.model)
+        bias_V = None if head.bias_V is None else head.bias_V.to(device)
+        return Head(head.weight_VD.to(device), bias_V, head.scale, head.softcap)
+
+
+class OwnBase:
+    """The teacher of a PEFT student: the model that its adapter is on, asked without it. No second model in memory.
+
+    Attributes:
+        student: The adapted model.
+        vocab_size: V, rows of its head.
+        name: What it was loaded from.
+    """
+
+    def __init__(self, student: PeftModel) -> None:
+        """Take the student; nothing of it is changed."""
+        self.student = student
+        base: Any = student.get_base_model()
+        self._live = LiveTeacher(base, frozen=False)
+        self.vocab_size, self.name = self._live.vocab_size, self._live.name
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Nothing to do: it is where the student is."""
+
+    def identity(self) -> str:
+        """That it is the student's own; an adapter is resumed on the model that it began on."""
+        return "the student without its adapter"
+
+    def fingerprint(self) -> str | None:
+        """Not taken: the adapter's layers stand between."""
+        return None
+
+    def answers(self, inputs: Mapping[str, Any], counts_BT: Tensor, terms: Terms) -> tuple[Teacher, Seen]:
+        """As `TeacherSource.answers`; in eval mode, and back."""
+        with self._alone():
+            return self._live.answers(inputs, counts_BT, terms)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        training = self.student.training
+        self.student.eval()
+        try:
+            with self.student.disable_adapter():
+                yield
+        finally:
+            self.student.train(training)
 
 
 def offloaded(memory: int, device: torch.device) -> dict[str, Any]:
@@ -164,8 +316,3 @@ def _saved_tokenizer(source: str, kwargs: Mapping[str, Any]) -> PreTrainedTokeni
         )
     except (OSError, ValueError):
         return None
-
-
-def _base_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    added = tokenizer.get_added_vocab()
-    return {index: token for token, index in tokenizer.get_vocab().items() if token not in added}

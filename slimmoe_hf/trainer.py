@@ -1,6 +1,7 @@
 """`DistillationTrainer`: TRL's `SFTTrainer` with a teacher.
 
-Read `compute_loss`: one forward of the student, one of the teacher, one value per predicted token, one division.
+Read `compute_loss`: the teacher's answers, one forward of the student with the loss inside, one value per predicted token,
+one division. The loss itself: `student_forward`; where answers come from: `teacher`.
 
 Shape letters: B rows, T tokens per row, N predictions that count, V vocabulary.
 """
@@ -14,28 +15,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from slimmoe_hf.admission import (
+    open_teacher,
+    refuse_unsupported,
+    silence_input_jitter,
+    student_config,
+    student_tokenizer,
+)
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.cached_teacher import COLUMNS, FOLDER, CachedTeacher, precomputed
 from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.losses import IGNORED, DistillationLoss, TokenLosses, load_balancing_loss
+from slimmoe_hf.losses import IGNORED, DistillationLoss, load_balancing_loss
 from slimmoe_hf.publishing import PublishingTrainer
 from slimmoe_hf.resumption import ResumableTrainer
 from slimmoe_hf.routing import LoadMonitor
-from slimmoe_hf.teacher import LiveTeacher
+from slimmoe_hf.student_forward import (
+    Distillation,
+    DistillationOutput,
+    add_distilling_head,
+    cannot_be_fused,
+    predicted,
+)
+from slimmoe_hf.teacher import LiveTeacher, OwnBase, TeacherSource
+from slimmoe_hf.terms import Terms
 from slimmoe_hf.token_sums import TokenSums
 
 logger = logging.getLogger(__name__)
@@ -49,15 +59,24 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
 
     Datasets, packing, completion-only loss, PEFT and saving are `SFTTrainer`'s. The loss of an optimizer step is
 
-        sum over predicted tokens of (distillation_weight * divergence + crossentropy_weight * cross_entropy)
+        sum over predicted tokens of (distillation_weight * divergence + crossentropy_weight * cross_entropy
+                                      + router_logits_weight * router_kl + hidden_states_weight * hidden_mse)
 
     over their number, counted once over all processes and accumulation steps: it does not depend on how the batch was
     cut. The load-balancing loss, where `router_aux_loss_coef` turns it on, is a mean over micro-batches.
 
-    Logged: `kl` (forward KL to the teacher over the full vocabulary at T = 1, whatever loss is trained on), `ce`,
-    `top1_agreement`, all means over predicted tokens since the last log; `num_tokens`, predicted tokens so far; and
-    `router_load_min` and `router_load_max`, the least and most loaded expert's tokens as multiples of an even load.
-    Evaluation reports `eval_kl`, `eval_ce`, `eval_top1_agreement` and `eval_loss` as means over the tokens of the
+    The teacher is a model (`teacher_model`), a cache of its answers (`teacher_logits_path`, or written first with
+    `precompute_teacher_logits`; then no teacher is in memory), or, for a PEFT student without either, the student's base
+    with the adapter off. The loss is computed from hidden states, chunk by chunk: no logits of a whole batch are held, but
+    for a student whose head is no plain linear layer (quantised, or trained by the adapter).
+
+    Logged: `kl` (forward KL to the teacher over the full vocabulary at T = 1, whatever loss is trained on; from a cache of
+    the likeliest tokens, over those and the rest as one, a lower bound of it), `ce`, `top1_agreement`, `entropy` (of the
+    student), `teacher_top_k_mass` (the teacher's on its likeliest tokens, where only these count), `router_kl` and
+    `hidden_mse` where they are trained on, all means over predicted tokens since the last log; `num_tokens`, predicted
+    tokens so far; and `router_load_min` and `router_load_max`, the least and most loaded expert's tokens as multiples of an
+    even load.
+    Evaluation reports the same, as `eval_kl` and so on, and `eval_loss` as means over the tokens of the
     whole set; `eval_loss` takes the weights at the end of their schedules, so that evaluations of one run compare, and
     leaves out the load-balancing loss, which is per-batch by nature. With several processes and a padding-free
     collator (as `packing=True` brings), rows that fill up the last batch are counted twice.
@@ -83,7 +102,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel | PeftModel,
-        teacher_model: str | Path | PreTrainedModel,
+        teacher_model: str | Path | PreTrainedModel | None = None,
         args: DistillationConfig | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -94,7 +113,8 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
 
         Args:
             model: The student: a model, a folder or a Hub id.
-            teacher_model: The teacher, likewise. It is frozen, and must not share weights with the student.
+            teacher_model: The teacher, likewise. It is frozen, and must not share weights with the student. None where
+                `args` names a cache, or where the student's base is to teach its adapter.
             args: The settings; `DistillationConfig("distilled")` if None.
             processing_class: The tokenizer; the student's own if None.
             peft_config: Trains an adapter instead of all weights.
@@ -102,24 +122,25 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
 
         Raises:
             TypeError: `args` is not a `DistillationConfig`.
-            ValueError: A student or teacher that cannot be distilled, or vocabularies that differ.
+            ValueError: A student or teacher that cannot be distilled, vocabularies that differ, or a cache that does not
+                fit the data, the student or the loss.
         """
         args = DistillationConfig("distilled") if args is None else args
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}; DistillationTrainer takes a DistillationConfig.")
         if sft_arguments.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the distillation loss. Override compute_loss instead.")
-        config, tokenizer = _student_config(model, args), processing_class or _student_tokenizer(model, args)
+        config, tokenizer = student_config(model, args), processing_class or student_tokenizer(model, args)
         adapters = [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
-        _refuse_unsupported(config, tokenizer, [adapter for adapter in adapters if adapter is not None])
-        if isinstance(model, nn.Module) and isinstance(teacher_model, nn.Module):
-            _refuse_shared_weights(model, teacher_model)
-        self.teacher = LiveTeacher.load(
-            teacher_model, args.device, _dict(args.teacher_model_init_kwargs), args.trust_remote_code
-        )
-        self.teacher_name = str(self.teacher.model.config._name_or_path)
-        self.teacher.check_vocabulary(config.vocab_size, tokenizer)
+        adapters = [adapter for adapter in adapters if adapter is not None]
+        refuse_unsupported(config, tokenizer, adapters)
         self.distillation_loss = DistillationLoss(args.beta, args.temperature, args.loss_top_k, args.loss_add_tail)
+        self.terms = Terms(args.router_logits_weight, args.hidden_states_weight)
+        teacher = open_teacher(model, teacher_model, args, self.distillation_loss, bool(adapters))
+        if isinstance(teacher, CachedTeacher):
+            teacher.check(config.vocab_size, tokenizer)
+        elif teacher is not None:
+            teacher.check_vocabulary(config.vocab_size, tokenizer)
         self._own_config = {key: value for key, value in config.to_dict().items() if key in _TRAINING_KEYS}
         self._train_sums, self._eval_sums = TokenSums(), TokenSums()
         self._micro_batches: list[tuple[Tensor, Tensor]] = []
@@ -131,15 +152,49 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
             raise ValueError("context and sequence parallelism are not supported: the teacher needs whole sequences.")
         # Whatever the model's own loss is, ours predicts the next token and needs the number of predictions.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self.teacher.place(self.accelerator)
-        _silence_input_jitter(self._student())
+        self._prepare_student()
+        self._prepare_teacher(teacher, tokenizer)
+
+    def _prepare_student(self) -> None:
+        silence_input_jitter(self._student())
         # `compute_loss` asks for router logits itself; the config would carry the wish into the published model.
         routing = {key: value for key, value in self._own_config.items() if key != "use_cache"}
         vars(self._student().config).update(routing)
-        if config.model_type in FAMILIES:
-            inner = self._student()
-            whole: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+        whole = self._whole_student()
+        if whole.config.model_type in FAMILIES:
             self._router_load = LoadMonitor(whole)
+        self._needs_logits = cannot_be_fused(whole)
+        if self._needs_logits:
+            logger.debug("the student makes all its logits at once: %s", self._needs_logits)
+        add_distilling_head(whole)
+
+    def _prepare_teacher(self, teacher: LiveTeacher | CachedTeacher | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Bring the teacher to where it will answer, and look the data up in a cache; sets what is known of it."""
+        student, rows = self._student(), [self.train_dataset, self.eval_dataset]
+        if isinstance(teacher, LiveTeacher) and self.args.precompute_teacher_logits:
+            teacher.place(self.accelerator)
+            folder = Path(self.args.teacher_logits_path or Path(str(self.args.output_dir)) / FOLDER)
+            cached = precomputed(
+                teacher, rows, folder, self.distillation_loss, tokenizer=tokenizer, accelerator=self.accelerator,
+                vocab_size=student.config.vocab_size, batch_size=self.args.per_device_eval_batch_size,
+            )  # fmt: skip
+            cached.check(student.config.vocab_size, tokenizer)
+            teacher = cached
+        self.teacher: TeacherSource
+        if teacher is None:
+            assert isinstance(student, PeftModel)
+            self.teacher = OwnBase(student)
+        else:
+            self.teacher = teacher
+        if isinstance(teacher, CachedTeacher):
+            teacher.check_rows(rows, files=self.is_world_process_zero())
+            self.data_collator = teacher.collator(self.data_collator)
+        if isinstance(teacher, LiveTeacher):
+            self.terms.check(student.config, teacher.model.config)
+        self.teacher_name, self.teacher_fingerprint = self.teacher.name, self.teacher.fingerprint()
+        # Under FSDP2 a process other than the first may have loaded no weights to tell the teacher by.
+        self._teacher_identity = broadcast_object_list([self.teacher.identity()])[0]
+        self.teacher.place(self.accelerator)
 
     def compute_loss(
         self,
@@ -153,28 +208,28 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
         Args:
             model: The student, wrapped as the accelerator wraps it.
             inputs: A collated batch with `labels` `[B, T]`, -100 where a token is not trained on.
-            return_outputs: Whether to return the student's outputs too.
+            return_outputs: Whether to return the student's outputs too, with all its logits.
             num_items_in_batch: Predictions in all micro-batches of the step on all processes; None takes this
                 micro-batch's own (evaluation).
 
         Returns:
             A scalar, or `(scalar, outputs)`.
         """
-        outputs, losses = self._forward(model, inputs)
-        distillation, crossentropy = self.args.weights_at(self._progress() if model.training else 1.0)
-        loss_N = distillation * losses.divergence_N
-        if crossentropy:
-            loss_N = loss_N + crossentropy * losses.cross_entropy_N
-        tokens = loss_N.new_tensor(len(loss_N))
-        sums = self._train_sums if model.training else self._eval_sums
-        sums.add(tokens=tokens, kl=losses.kl_N, ce=losses.cross_entropy_N, top1_agreement=losses.top1_agreement_N)
+        weights = self.args.weights_at(self._progress() if model.training else 1.0)
+        tokens = predicted(inputs["labels"]).sum()
         if num_items_in_batch is None:
-            sums.add(loss=loss_N)
-            loss = loss_N.sum() / tokens.clamp(min=1)
+            weight = 1.0 / tokens.clamp(min=1)
         else:
             # The count is global and the processes' gradients are averaged: undo that one division.
             scale = self.accelerator.num_processes // self.get_tp_size()
-            loss = loss_N.sum() / torch.as_tensor(num_items_in_batch, device=loss_N.device).clamp(min=1) * scale
+            weight = scale / torch.as_tensor(num_items_in_batch, device=tokens.device).clamp(min=1)
+        outputs = self._forward(model, inputs, weights, weight, return_outputs)
+        loss = outputs.loss
+        assert loss is not None
+        sums = self._train_sums if model.training else self._eval_sums
+        sums.add(tokens=tokens, **self._logged(outputs))
+        if num_items_in_batch is None:
+            sums.add(loss=loss.detach() * tokens)
         if self.aux_loss_enabled and model.training:
             assert outputs.router_logits is not None
             aux_loss = load_balancing_loss(outputs.router_logits, self._top_k(), inputs.get("attention_mask"))
@@ -182,24 +237,51 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[MoeCausalLMOutputWithPast, TokenLosses]:
-        """Both forwards, and the losses of the N positions whose next token counts. N = 0 keeps the graph."""
-        labels_BT = inputs["labels"][:, 1:]
-        model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Any], weights: tuple[float, float], weight: Tensor, logits: bool
+    ) -> DistillationOutput:
+        """Both forwards, the teacher's first: what it holds is gone before the student's activations come."""
+        labels_BT = inputs["labels"]
+        model_inputs = {key: value for key, value in inputs.items() if key not in ("labels", *COLUMNS)}
+        with torch.no_grad(), self.accelerator.autocast():
+            asked = {**model_inputs, **{key: inputs[key] for key in COLUMNS if key in inputs}}
+            answers, taught = self.teacher.answers(asked, predicted(labels_BT), self.terms)
+        distil = Distillation(
+            labels_BT, answers, taught, self.distillation_loss, weights, weight, self.terms,
+            logits=logits or bool(self._needs_logits),
+        )  # fmt: skip
         routing = {}
         if "output_router_logits" in self._own_config:
             routing["output_router_logits"] = self.aux_loss_enabled and model.training
         load = self._router_load if model.training else None
         with load.counting() if load is not None else nullcontext():
-            outputs = model(**model_inputs, **routing, use_cache=False)
-        with self.accelerator.autocast():
-            teacher_logits_BTV = self.teacher.logits(model_inputs)
-        counts_BT = labels_BT != IGNORED
-        student_NV, teacher_NV = outputs.logits[:, :-1][counts_BT], teacher_logits_BTV[:, :-1][counts_BT]
-        return outputs, self.distillation_loss(student_NV, teacher_NV, labels_BT[counts_BT])
+            outputs: DistillationOutput = model(**model_inputs, **routing, use_cache=False, distil=distil)
+        return outputs
+
+    def run_settings(self) -> dict[str, Any]:
+        """Besides those of `ResumableTrainer`, who teaches and what the loss is."""
+        return {**super().run_settings(), "teacher": self._teacher_identity, **self.args.loss_settings()}
+
+    def _logged(self, outputs: DistillationOutput) -> dict[str, Tensor]:
+        """What the logs say of every prediction."""
+        values = outputs.losses
+        assert values is not None
+        logged = {
+            "kl": values.kl_N, "ce": values.cross_entropy_N, "top1_agreement": values.top1_agreement_N,
+            "entropy": values.student_entropy_N, "router_kl": outputs.router_kl_N, "hidden_mse": outputs.hidden_mse_N,
+        }  # fmt: skip
+        cached = isinstance(self.teacher, CachedTeacher) and self.teacher.cache.spec.kind == "top_k"
+        if cached or self.distillation_loss.top_k:
+            logged["teacher_top_k_mass"] = values.teacher_mass_N
+        return {name: value for name, value in logged.items() if value is not None}
 
     def _student(self) -> PreTrainedModel | PeftModel:
         return self.accelerator.unwrap_model(self.model)
+
+    def _whole_student(self) -> PreTrainedModel:
+        student = self._student()
+        whole: Any = student.get_base_model() if isinstance(student, PeftModel) else student
+        return whole
 
     def _progress(self) -> float:
         """0.0 at the first optimizer step, 1.0 at the last."""
@@ -220,8 +302,10 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
         """Evaluate one batch into the sums; returns its mean loss, and `[B, T, V]` logits and labels where asked."""
         inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, inputs["labels"])
+        return loss, outputs.logits, inputs["labels"]
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the rows that only fill up the last batch of several processes, as `gather_for_metrics` drops them."""
@@ -312,58 +396,3 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
             super()._save(output_dir, state_dict)
         finally:
             config.update(training)
-
-
-def _dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    assert not isinstance(value, str), "TrainingArguments parses JSON text"
-    return dict(value or {})
-
-
-def _student_config(model: str | Path | PreTrainedModel | PeftModel, args: DistillationConfig) -> PreTrainedConfig:
-    if isinstance(model, str | Path):
-        revision = _dict(args.model_init_kwargs).get("revision")
-        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=args.trust_remote_code)
-    return model.config
-
-
-def _student_tokenizer(
-    model: str | Path | PreTrainedModel | PeftModel, args: DistillationConfig
-) -> PreTrainedTokenizerBase:
-    source, revision = model, None
-    if isinstance(source, str | Path):
-        revision = _dict(args.model_init_kwargs).get("revision")
-    else:
-        source = source.config._name_or_path
-    return AutoTokenizer.from_pretrained(str(source), revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-def _refuse_unsupported(config: PreTrainedConfig, processing_class: Any, peft_configs: list[PeftConfig]) -> None:
-    if config.get_text_config() is not config or isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            f"model_type={config.model_type!r} is not a plain language model: distilling vision and audio models is not "
-            "supported. Give the text model on its own."
-        )
-    for peft_config in peft_configs:
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"{type(peft_config).__name__} puts virtual tokens before the student's text, where the teacher has "
-                "none to compare with. Use LoRA, or train all weights."
-            )
-
-
-def _refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Freezing the teacher would freeze the student, and a cut student would be a cut teacher."""
-    if {id(parameter) for parameter in student.parameters()} & {id(parameter) for parameter in teacher.parameters()}:
-        raise ValueError(
-            "teacher_model shares its weights with model. Give the teacher by name, or a copy.deepcopy of the model."
-        )
-
-
-def _silence_input_jitter(model: PreTrainedModel | PeftModel) -> None:
-    """PhiMoE multiplies its inputs by noise twice in training; the teacher it is to match has none."""
-    noisy = [module for module in model.modules() if vars(module).get("input_jitter_noise")]
-    for module in noisy:
-        vars(module)["input_jitter_noise"] = 0.0
-    if noisy:
-        model.config.input_jitter_noise = 0.0
-        logger.info("input_jitter_noise of the student is set to 0: it is no part of what is distilled.")

@@ -30,3 +30,16 @@ def frozen() -> None:
 def console() -> None:
     """Commands send this process's console to stderr; functions print where it stood."""
     rich.reconfigure(stderr=False)
+
+
+@pytest.fixture
+def routing_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PhiMoE samples its routing in training; promise 3 is about everything else."""
+    from transformers.models.phimoe import modeling_phimoe
+
+    sparsemixer = modeling_phimoe.sparsemixer
+    monkeypatch.setattr(
+        modeling_phimoe,
+        "sparsemixer",
+        lambda scores, jitter_eps, training, top_k: sparsemixer(scores, jitter_eps, False),
+    )

@@ -42,12 +42,19 @@ def settings(folder: Path, **overrides: Any) -> DistillationConfig:
 def trainer_for(
     folder: Path, family: str = "mixtral", student: PreTrainedModel | None = None, **overrides: Any
 ) -> DistillationTrainer:
-    """A student and a teacher with different weights; keywords of the trainer are told from settings by name."""
+    """A student and a teacher with different weights; keywords of the trainer are told from settings by name.
+
+    `own_base=True`, or a `teacher_logits_path` that is not yet to be written, leaves the teacher out.
+    """
+    cached = "teacher_logits_path" in overrides and not overrides.get("precompute_teacher_logits")
+    alone = overrides.pop("own_base", False) or cached
     own = {name: overrides.pop(name) for name in list(overrides) if name in TRAINER_KEYWORDS}
     own.setdefault("train_dataset", unequal_rows())
-    if "labels" in own["train_dataset"].column_names:  # nothing to prepare, and preparing takes most of the time
+    if "labels" in (
+        own["train_dataset"].column_names or ()
+    ):  # nothing to prepare, and preparing takes most of the time
         overrides.setdefault("dataset_kwargs", {"skip_prepare_dataset": True})
-    teacher = own.pop("teacher_model", None) or tiny_model(family, seed=1)
+    teacher = own.pop("teacher_model", None) or (None if alone else tiny_model(family, seed=1))
     return DistillationTrainer(
         student or tiny_model(family), teacher, settings(folder, **overrides), processing_class=tiny_tokenizer(), **own
     )

@@ -11,10 +11,13 @@ PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
     "identity", "serving", "routing", "peak", "lora", "throughput",
-    "lineage", "card", "upload", "cache_format", "cache", "cache_writer",
+    "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
+    "logit_losses", "student_forward", "terms",
 }  # fmt: skip
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
-DISTILLING = {"teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers"}
+DISTILLING = {
+    "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
+}  # fmt: skip
 JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",

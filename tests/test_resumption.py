@@ -412,3 +412,49 @@ def test_two_processes_resume_exactly_and_stay_equal(tmp_path: Path) -> None:
     whole, *resumed = (torch.load(tmp_path / name) for name in ("whole/rank-0.pt", "cut/rank-0.pt", "cut/rank-1.pt"))
     for weights in resumed:
         assert_same_weights(weights, whole)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "teacher": ({"teacher_model": ("mixtral", 2)}, r"teacher was \w{12}\.\.\. and is \w{12}\.\.\.\. Continue"),
+    "beta": ({"beta": 0.5}, "beta was 0.0 and is 0.5"),
+    "two at once": (
+        {"temperature": 2.0, "loss_top_k": 8}, "temperature was 1.0 and is 2.0; loss_top_k was 0 and is 8",
+    ),
+    "weights": ({"crossentropy_weight": [0.0, 1.0]}, r"crossentropy_weight was 0.0 and is \[0.0, 1.0\]"),
+    "terms": ({"router_logits_weight": 1.0}, "router_logits_weight was 0.0 and is 1.0"),
+    "cache": ({"precompute_teacher_logits": True}, r"teacher was \w{12}\.\.\. and is cache \w{12}\.\.\."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_settings_are_refused_with_the_difference_named(change: str, tmp_path: Path) -> None:
+    arguments, message = CHANGES[change]
+    arguments = dict(arguments)
+    if "teacher_model" in arguments:
+        family, seed = arguments["teacher_model"]
+        arguments["teacher_model"] = tiny_model(family, seed=seed)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer_for(tmp_path, **saving).train()
+    with pytest.raises(ValueError, match=message) as error:
+        trainer_for(tmp_path, **saving, **arguments).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+    assert "\n" not in str(error.value)
+
+
+def test_other_number_of_threads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_for(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(ValueError, match="number of threads was 1 and is 7"):
+        trainer_for(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
+def test_run_from_a_cache_resumes_exactly(tmp_path: Path) -> None:
+    arguments = {
+        "precompute_teacher_logits": True, "teacher_logits_path": str(tmp_path / "cache"), "save_strategy": "steps",
+        "save_steps": 2, "max_steps": 4,
+    }  # fmt: skip
+    whole = trainer_for(tmp_path / "run", "phimoe", **arguments)
+    whole.train()
+    resumed = trainer_for(tmp_path / "run", "phimoe", **arguments)
+    resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name

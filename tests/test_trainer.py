@@ -17,21 +17,9 @@ from peft import LoraConfig
 from runs import in_two_processes, settings, trainer_for, unequal_rows
 from tiny import FAMILY_NAMES, documents, save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback
-from transformers.models.phimoe import modeling_phimoe
 
 from slimmoe_hf.losses import load_balancing_loss
 from slimmoe_hf.trainer import DistillationTrainer
-
-
-@pytest.fixture
-def routing_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PhiMoE samples its routing in training; promise 3 is about everything else."""
-    sparsemixer = modeling_phimoe.sparsemixer
-    monkeypatch.setattr(
-        modeling_phimoe,
-        "sparsemixer",
-        lambda scores, jitter_eps, training, top_k: sparsemixer(scores, jitter_eps, False),
-    )
 
 
 def train_logs(folder: Path, **arguments: Any) -> list[dict[str, float]]:
