@@ -275,12 +275,16 @@ class _Step:
             head = Head.of(whole)
             vocabulary, gpu = len(head.weight_VD), torch.device("cuda")
             rows = chunk_rows(len(hidden_ND), vocabulary, gpu)
+            # Two chunks take what all take, but for the gradient of the hidden states, which waits until it is used.
+            some = slice(0, 2 * rows)
+            waiting = [hidden_ND[2 * rows :].detach().float()]
+            hidden_ND.register_hook(lambda _: waiting.clear())
             return fused_distillation_loss(
-                hidden_ND, head, answers, ids[:, 1:].flatten(), self.loss, crossentropy_weight=float(self.crossentropy),
-                rows=rows, block=block_rows(rows, vocabulary, gpu),
+                hidden_ND[some], head, _part(answers, some), ids[:, 1:].flatten()[some], self.loss,
+                crossentropy_weight=float(self.crossentropy), rows=rows, block=block_rows(rows, vocabulary, gpu),
             ).loss  # fmt: skip
 
-    def _answers(self, ids: Tensor, counts_BT: Tensor, teacher: Any, vocabulary: int) -> Any:
+    def _answers(self, ids: Tensor, counts_BT: Tensor, teacher: Any, vocabulary: int) -> TeacherStates | TeacherTopK:
         """Of a live teacher its hidden states, which come before the student's; of a cache its entries."""
         if teacher is None:
             size = counts_BT.numel(), min(CACHE_TOP_K, vocabulary)
@@ -290,6 +294,15 @@ class _Step:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             hidden_BTU = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return TeacherStates(hidden_BTU[:, :-1][counts_BT], Head.of(teacher))
+
+
+def _part(answers: TeacherStates | TeacherTopK, some: slice) -> TeacherStates | TeacherTopK:
+    """The answers to some of the predictions."""
+    if isinstance(answers, TeacherStates):
+        return answers._replace(hidden_NU=answers.hidden_NU[some])
+    return answers._replace(
+        log_probs_NK=answers.log_probs_NK[some], index_NK=answers.index_NK[some], log_tail_N=answers.log_tail_N[some]
+    )
 
 
 def _generate(model: Any, ids: Tensor, _other: Any) -> None:
