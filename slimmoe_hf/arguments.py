@@ -10,6 +10,8 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from slimmoe_hf.losses import DistillationLoss
+
 
 @dataclass
 class DistillationConfig(SFTConfig):
@@ -108,6 +110,10 @@ class DistillationConfig(SFTConfig):
         ends = (_ends(self.distillation_weight), _ends(self.crossentropy_weight))
         distillation, crossentropy = (start + (end - start) * progress for start, end in ends)
         return distillation, crossentropy
+
+    def divergence(self) -> DistillationLoss:
+        """The divergence that these settings name."""
+        return DistillationLoss(self.beta, self.temperature, self.loss_top_k, self.loss_add_tail)
 
     def loss_settings(self) -> dict[str, Any]:
         """What the loss is made of: a run that goes on with another value is another run."""

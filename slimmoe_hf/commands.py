@@ -22,6 +22,9 @@ from rich.table import Table
 import slimmoe_hf
 from slimmoe_hf import cache_command, eval_command, finetune_command, plot_command, push_command, size_command
 from slimmoe_hf.atomic import replacing
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_format import MANIFEST
+from slimmoe_hf.cached_teacher import CachedTeacher
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.command_inputs import (
@@ -36,14 +39,16 @@ from slimmoe_hf.command_inputs import (
 )
 from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
+from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.loading import (
+    files_sha256,
     find_checkpoint,
     load_config,
     load_model,
     weight_bytes,
     weights_sha256,
 )
-from slimmoe_hf.pipeline import distil, run_recipe, save_checkpoint
+from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, device, training_arguments
 from slimmoe_hf.report import samples, table
@@ -167,21 +172,30 @@ def slim(args: argparse.Namespace) -> None:
 
 def distill(args: argparse.Namespace) -> None:
     """A student, its teacher and text in, a better student out. The same command continues a stopped run."""
-    require(args, "model", "teacher", "data", "output")
+    require(args, "model", "data", "output")
+    if (args.teacher is None) == (args.teacher_cache is None):
+        raise ValueError("distill takes --teacher, or --teacher-cache with its answers (see slimmoe distill --help)")
     output = output_path(args)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
-    arguments = training_arguments(args.training, checkpoints, args.max_length, args.seed, "training arguments")
+    given = args.training | ({"teacher_logits_path": args.teacher_cache} if args.teacher_cache is not None else {})
+    arguments = training_arguments(given, checkpoints, args.max_length, args.seed, "training arguments")
     student, tokenizer = open_checkpoint(args.model, args.revision)
-    teacher = find_checkpoint(args.teacher, args.teacher_revision)
-    config = load_config(student)
-    check_teacher(teacher, config, tokenizer)
+    config, teacher = load_config(student), None
+    if args.teacher is not None:
+        teacher = find_checkpoint(args.teacher, args.teacher_revision)
+        check_teacher(teacher, config, tokenizer)
     train = training_rows(args, tokenizer)
     validation = None
     if arguments.eval_strategy != "no":
         held = load_documents(args.data, "validation", args.data_revision)
         validation = tokenize(held, tokenizer, args.max_length, args.packing)
+    if args.teacher_cache is not None:
+        cached = CachedTeacher(TeacherCache.open(args.teacher_cache), arguments.divergence())
+        cached.check(config.vocab_size, tokenizer)
+        cached.check_rows([train, validation], files=False)
     same_request(checkpoints, {
-        "student": weights_sha256(student), "teacher": weights_sha256(teacher), "data": dataset_hash(train),
+        "student": weights_sha256(student), "data": dataset_hash(train),
+        "teacher": weights_sha256(teacher) if teacher else files_sha256([Path(args.teacher_cache) / MANIFEST]),
         "max_length": args.max_length, "seed": args.seed, "arguments": args.training,
     }, args.overwrite)  # fmt: skip
     model, _ = distil(student, teacher, arguments, tokenizer, train, validation, "distill")

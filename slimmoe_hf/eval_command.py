@@ -21,9 +21,10 @@ from slimmoe_hf.hub import complete_folder
 from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
 from slimmoe_hf.preflight import check_teacher, device, dtype_name
-from slimmoe_hf.recipe import Recipe, parse_recipe, read_yaml
+from slimmoe_hf.recipe import Recipe, parse_recipe
 from slimmoe_hf.report import Report, aligned, readme, task_rows
 from slimmoe_hf.rundir import LOCK, RECIPE, REPORT, STEPS
+from slimmoe_hf.yaml_files import read_yaml
 
 MODEL = "model"
 

@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from slimmoe_hf.atomic import refuse_existing, replacing, write_text
 from slimmoe_hf.command_inputs import open_checkpoint, same_request
 from slimmoe_hf.data import dataset_hash
+from slimmoe_hf.distilling import save_checkpoint
 from slimmoe_hf.finetune_report import REPORT, Finetuned, HeldOut, versions
 from slimmoe_hf.finetune_settings import (
     Adapter,
@@ -43,7 +44,6 @@ from slimmoe_hf.finetune_settings import (
 from slimmoe_hf.loading import files_sha256, find_checkpoint, load_config, load_model, weights_sha256
 from slimmoe_hf.losses import IGNORED
 from slimmoe_hf.peak import PeakMemory
-from slimmoe_hf.pipeline import save_checkpoint
 from slimmoe_hf.progress import TrainingProgress
 from slimmoe_hf.resumption import ResumableTrainer, last_complete_checkpoint
 from slimmoe_hf.sizing import own_dtype

@@ -22,11 +22,12 @@ from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import CARD, Base, find_base, licence_files, public_name
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.plots import draw
-from slimmoe_hf.recipe import Recipe, parse_recipe, read_yaml
+from slimmoe_hf.recipe import Recipe, parse_recipe
 from slimmoe_hf.report import Report
 from slimmoe_hf.run_card import RunFacts, run_card
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
 from slimmoe_hf.upload import publishable
+from slimmoe_hf.yaml_files import read_yaml
 
 MODEL = "model"
 _RESULTS, _IMAGES = ".eval_results", "images"

@@ -20,7 +20,8 @@ from rich import get_console
 
 from slimmoe_hf.atomic import write_text
 from slimmoe_hf.data import dataset_hash
-from slimmoe_hf.recipe import Recipe, read_yaml
+from slimmoe_hf.recipe import Recipe
+from slimmoe_hf.yaml_files import read_yaml
 
 FOLDER, HISTORY, LOG = "launched", "history.json", "log.txt"
 _HANDOVER, _FAILURE = "handover.json", "failure-{}.txt"

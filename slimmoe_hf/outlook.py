@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.cache_format import CacheSpec
 from slimmoe_hf.launch import is_sharded, processes_of
 from slimmoe_hf.loading import DEVICE_SHARE
-from slimmoe_hf.losses import DistillationLoss
-from slimmoe_hf.memory import Memory, Optimizer, inference_memory, scoring_memory, training_memory
+from slimmoe_hf.memory import Memory, Optimizer, Teacher, inference_memory, scoring_memory, training_memory
 from slimmoe_hf.preflight import Outline, Text, device, teacher_dtype, training_tokens
-from slimmoe_hf.recipe import Recipe, Stage, memory_bytes
+from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec, memory_bytes
+from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import GIB, RESERVE_BYTES, RESERVE_SHARE, Counts, parameter_counts
 
 EFFICIENCY = 0.25
@@ -151,6 +152,8 @@ class _Outlook:
                 )
             )
         found.append(self._evaluate("teacher/evaluate", outline.teacher_config))
+        if self.recipe.teacher_cache is not None:
+            found.append(self._ask_teacher(self.recipe.teacher_cache))
         config = outline.config
         for number, (stage, after) in enumerate(zip(self.recipe.stages, outline.after, strict=True), 1):
             arguments = outline.arguments[number - 1]
@@ -213,6 +216,32 @@ class _Outlook:
         seconds = self._seconds(2 * _active(config) * self.test_tokens) + passes * waiting / self.machine.transfer
         return Step(name, what, memory.total + logits - waiting, waiting, 0, seconds, "evaluation.batch_size")
 
+    def _ask_teacher(self, asked: TeacherCacheSpec) -> Step:
+        config, length = self.outline.teacher_config, self.recipe.data.max_length
+        tokens = self.rows * length if self.rows else self.recipe.data.tokens or 0
+        temperatures = {1.0, *(arguments.temperature for arguments in self.outline.arguments)}
+        size, width = config.vocab_size, config.hidden_size
+        spec = CacheSpec(
+            teacher="", tokenizer_sha256="", vocab_size=size, kind=asked.kind, temperatures=tuple(sorted(temperatures)),
+            top_k=min(asked.top_k, size) if asked.kind == "top_k" else 0, hidden_size=width if asked.kind == "hidden" else 0,
+        )  # fmt: skip
+        memory = inference_memory(config, batch=asked.batch_size, length=length, dtype=self.computing)
+        weights, room = memory.parts["weights"], int(self.machine.memory * DEVICE_SHARE)
+        waiting = 0 if self.on_cpu else max(weights - room, 0)
+        what = f"the teacher's answers to {tokens:,} tokens" if tokens else "the teacher's answers to the whole text"
+        what += f"; {waiting / 1e9:.0f} GB of its weights wait on the host" if waiting else ""
+        passes = -(-tokens // (asked.batch_size * length))
+        seconds = self._seconds(2 * _active(config) * tokens) + passes * waiting / self.machine.transfer
+        return Step(
+            CACHE,
+            what,
+            memory.total - waiting,
+            waiting,
+            tokens * spec.bytes_per_answer,
+            seconds,
+            "teacher_cache.batch_size",
+        )
+
     def _distil(self, number: int, stage: Stage, student: PreTrainedConfig, arguments: DistillationConfig) -> Step:
         teacher, length, rows = self.outline.teacher_config, self.recipe.data.max_length, arguments.train_batch_size
         processes = processes_of(self.recipe)
@@ -224,8 +253,11 @@ class _Outlook:
         if memory.host and self.recipe.teacher_memory is not None:
             resident = min(memory_bytes(self.recipe.teacher_memory), memory.host)
             waiting = memory.host - resident
+        if self.recipe.teacher_cache is not None and self.recipe.teacher_cache.kind == "hidden":
+            resident = teacher.vocab_size * teacher.hidden_size * self.dtype.itemsize  # the head that they belong to
         tokens = training_tokens(arguments, self.rows, processes)
-        per_token = (8 if arguments.gradient_checkpointing else 6) * _active(student) + 2 * _active(teacher)
+        per_token = (8 if arguments.gradient_checkpointing else 6) * _active(student)
+        per_token += 0 if self.recipe.teacher_cache else 2 * _active(teacher)
         batches = tokens / (rows * length * processes)
         seconds = self._seconds(per_token * tokens / processes) + batches * waiting / self.machine.transfer
         what = f"{tokens:,} tokens, {OptimizerNames(arguments.optim).value}, {stage.training_dtype} weights"
@@ -239,15 +271,17 @@ class _Outlook:
 
     def _training_memory(self, stage: Stage, student: PreTrainedConfig, arguments: DistillationConfig) -> Memory:
         """Of one process, before anything is sharded."""
-        offloaded = self.recipe.teacher_memory is not None and not self.on_cpu
+        where: Teacher = "offloaded" if self.recipe.teacher_memory is not None and not self.on_cpu else "live"
+        if self.recipe.teacher_cache is not None:
+            where = "cached"
         return training_memory(
             student, optimizer=optimizer_of(str(OptimizerNames(arguments.optim).value), stage.training_dtype),
             weights_dtype=getattr(torch, stage.training_dtype), batch=arguments.train_batch_size,
             length=self.recipe.data.max_length, gradient_checkpointing=arguments.gradient_checkpointing,
             accumulate=arguments.gradient_accumulation_steps > 1, autocast=self._autocast(stage, arguments),
-            teacher="offloaded" if offloaded else "live", teacher_config=self.outline.teacher_config,
+            teacher=where, teacher_config=self.outline.teacher_config,
             teacher_dtype=getattr(torch, teacher_dtype(stage, self.machine.host is None, self.outline.dtype)),
-            loss=DistillationLoss(arguments.beta, arguments.temperature, arguments.loss_top_k, arguments.loss_add_tail),
+            loss=arguments.divergence(),
             crossentropy=any(arguments.weights_at(at)[1] > 0 for at in (0.0, 1.0)),
         )  # fmt: skip
 

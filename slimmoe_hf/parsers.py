@@ -190,6 +190,9 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help="the student: a folder or a Hub id")
     parser.add_argument("--revision", metavar="REV", help="commit of a student on the Hub")
     _add_teacher(parser, "the original model")
+    parser.add_argument(
+        "--teacher-cache", metavar="DIR", help="its answers, from slimmoe cache write, in place of --teacher"
+    )
     _add_data(parser, "train", None, "train on at most so many tokens of text")
     _add_training(parser, TRAINING, "DistillationConfig")
     _add_output(parser, "DIR")

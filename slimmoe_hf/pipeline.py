@@ -13,34 +13,42 @@ import shutil
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import concatenate_datasets
 from rich import get_console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 
 import slimmoe_hf
-from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.atomic import replacing, write_text
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.cache_format import MANIFEST
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
+from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.evaluation import evaluate_checkpoint
 from slimmoe_hf.harness import TaskResult, TaskSet, load_tasks
 from slimmoe_hf.hub import complete_folder
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
 from slimmoe_hf.lineage import public_name
-from slimmoe_hf.loading import load_model, weights_sha256
+from slimmoe_hf.loading import load_config, load_model, weights_sha256
 from slimmoe_hf.outlook import MACHINES, check_room, outlook, shown_steps, this_machine
 from slimmoe_hf.plan import CompressionPlan, make_plan
-from slimmoe_hf.preflight import Inputs, check, device, free_disk, is_remote, outline, read_text, stage_arguments
-from slimmoe_hf.progress import TrainingProgress
-from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, memory_bytes, resolved
+from slimmoe_hf.preflight import (
+    Inputs,
+    check,
+    device,
+    free_disk,
+    is_remote,
+    outline,
+    read_text,
+    stage_arguments,
+    teacher_dtype,
+)
+from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, resolved
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
-from slimmoe_hf.resumption import last_complete_checkpoint
-from slimmoe_hf.rundir import REPORT, Result, RunFolder, claim
-from slimmoe_hf.serving import add_biases, write_serving_config
+from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
-from slimmoe_hf.teacher import offloaded
-from slimmoe_hf.trainer import DistillationTrainer
 
 
 def run_recipe(
@@ -112,91 +120,6 @@ def _tasks(evaluation: Evaluation) -> TaskSet | None:
     return load_tasks(evaluation.tasks, folder, evaluation.num_fewshot, evaluation.task_limit)
 
 
-def distil(
-    student: Path,
-    teacher: Path,
-    arguments: DistillationConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    validation: Dataset | None,
-    label: str,
-    dtype: str = "float32",
-    teacher_memory: str | None = None,
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Train a student (mixed where the arguments say so), from its last complete checkpoint if it has one.
-
-    Every process of a distributed run calls this.
-
-    Args:
-        student: Folder of its starting weights.
-        teacher: Folder of the original model.
-        arguments: Their `output_dir` holds the checkpoints.
-        tokenizer: Of both.
-        train: Tokenised rows. validation: Likewise; looked at as `eval_strategy` says.
-        label: What progress is shown under.
-        dtype: What the student's weights are held in.
-        teacher_memory: As in a recipe.
-
-    Returns:
-        `(model, log history)`; the model is whole in the first process, in others it may be a share.
-    """
-    set_seed(arguments.seed)
-    loading = offloaded(memory_bytes(teacher_memory), arguments.device) if teacher_memory is not None else {}
-    if arguments.device.type == "cpu":
-        loading["dtype"] = dtype  # elsewhere the checkpoint's own
-    arguments.teacher_model_init_kwargs = loading or None
-    model = load_model(student, dtype)
-    use_cache = model.config.use_cache
-    progress = TrainingProgress(label)
-    trainer = DistillationTrainer(
-        model=model,
-        teacher_model=str(teacher),
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation if arguments.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        callbacks=[progress],
-    )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete_checkpoint(str(arguments.output_dir))
-    if checkpoint is not None and trainer.is_world_process_zero():
-        get_console().log(f"{label}: continues from {checkpoint.name}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.stop()
-    model = _gathered(trainer, student, dtype)
-    model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
-    return model, trainer.state.log_history
-
-
-def _gathered(trainer: DistillationTrainer, student: Path, dtype: str) -> PreTrainedModel:
-    """The trained model; one that is spread over processes in one piece, in the first of them."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled:
-        weights = trainer.accelerator.get_state_dict(trainer.model)
-        if trainer.is_world_process_zero():
-            model = load_model(student, dtype)
-            model.load_state_dict(weights, assign=True)
-            model.tie_weights()
-    return model
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """Save what plain transformers and serving engines load, tokenizer included; shards of at most 1 GB.
-
-    Args:
-        model: It is converted to `dtype`, and to the form of `slimmoe_hf.serving`, in place.
-        tokenizer: Its tokenizer.
-        folder: Where to.
-        dtype: `float32`, `bfloat16` or `float16`.
-    """
-    add_biases(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="1GB")
-    write_serving_config(folder)
-    tokenizer.save_pretrained(folder)
-
-
 class _Pipeline:
     """The steps of one run."""
 
@@ -212,6 +135,8 @@ class _Pipeline:
         """All stages, then what is published."""
         models = [self._measured("teacher", self.inputs.teacher, 0, "teacher", {})]
         source = self.inputs.model
+        if self.recipe.teacher_cache is not None:
+            self.step(CACHE, [f"{CACHE}/{MANIFEST}"], self._ask_teacher)
         for number, stage in enumerate(self.recipe.stages, 1):
             models += self._stage(number, stage, source)
             source = self.folder / f"stage-{number}" / "model"
@@ -265,12 +190,35 @@ class _Pipeline:
         slim_checkpoint(source, plan, folder / "slimmed", dtype=self.inputs.dtype, overwrite=True)
         return {}
 
+    def _ask_teacher(self) -> Result:
+        """Its answers to every row that is trained or looked at; a killed one continues."""
+        asked, stages = self.recipe.teacher_cache, self.recipe.stages
+        assert asked is not None
+        if (self.folder / CACHE).exists():
+            try:
+                TeacherCache.open(self.folder / CACHE)
+            except ValueError:
+                shutil.rmtree(self.folder / CACHE)
+            else:
+                return {}  # finished, but stopped before that was noted
+        arguments = [stage_arguments(self.recipe, number, self.folder) for number in range(len(stages))]
+        rows = [self.inputs.train]
+        if any(each.eval_strategy != "no" for each in arguments):
+            rows.append(self.inputs.validation)
+        write_cache(
+            self.inputs.teacher, concatenate_datasets(rows), self.folder / CACHE, tokenizer=self.inputs.tokenizer,
+            kind=asked.kind, top_k=asked.top_k, temperatures=sorted({each.temperature for each in arguments}),
+            vocab_size=load_config(self.inputs.model).vocab_size, batch_size=asked.batch_size,
+            dtype=teacher_dtype(stages[0], device().type == "cpu", self.inputs.dtype), device=device(),
+        )  # fmt: skip
+        return {}
+
     def _distil(self, number: int, folder: Path) -> Result:
         if self.recipe.accelerate is not None:
             return {"history": self._launched(self.recipe.accelerate, number, folder / FOLDER)}
-        arguments = stage_arguments(self.recipe, number - 1, folder / "checkpoints")
+        arguments = stage_arguments(self.recipe, number - 1, self.folder)
         model, history = distil(
-            folder / "slimmed", self.inputs.teacher, arguments, self.inputs.tokenizer,
+            folder / "slimmed", None if self.recipe.teacher_cache else self.inputs.teacher, arguments, self.inputs.tokenizer,
             self.inputs.train, self.inputs.validation, folder.name,
             self.recipe.stages[number - 1].training_dtype, self.recipe.teacher_memory,
         )  # fmt: skip

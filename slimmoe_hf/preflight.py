@@ -30,6 +30,7 @@ from slimmoe_hf.loading import (
 )
 from slimmoe_hf.plan import Target
 from slimmoe_hf.recipe import Recipe, Stage
+from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.teacher import LiveTeacher
 
@@ -247,10 +248,29 @@ def check_values(config: type[SFTConfig], given: dict[str, Any], where: str) -> 
         raise ValueError(f"{where}: learning_rate={given['learning_rate']!r} should not be negative.")
 
 
-def stage_arguments(recipe: Recipe, number: int, folder: Path = Path("unused")) -> DistillationConfig:
-    """The training arguments of a stage, counted from 0."""
-    where = f"stages.{number}.distillation"
-    return training_arguments(recipe.stages[number].distillation, folder, recipe.data.max_length, recipe.seed, where)
+def stage_arguments(recipe: Recipe, number: int, run: Path = Path("unused")) -> DistillationConfig:
+    """The training arguments of a stage, counted from 0, of a run in a folder.
+
+    Raises:
+        ValueError: Transformers, TRL or we refuse a value, or the recipe's teacher cache would not serve the loss.
+    """
+    where, given = f"stages.{number}.distillation", dict(recipe.stages[number].distillation)
+    if recipe.teacher_cache is not None:
+        given["teacher_logits_path"] = str(run / CACHE)
+    folder = run / f"stage-{number + 1}" / "checkpoints"
+    arguments = training_arguments(given, folder, recipe.data.max_length, recipe.seed, where)
+    if recipe.teacher_cache is not None and recipe.teacher_cache.kind == "top_k":
+        kept = recipe.teacher_cache.top_k
+        if arguments.beta > 0:
+            raise ValueError(
+                f"{where}: beta={arguments.beta:g} looks at every token, and teacher_cache keeps {kept}. Set teacher_cache.kind: "
+                "hidden, or beta: 0."
+            )
+        if arguments.loss_top_k > kept:
+            raise ValueError(
+                f"{where}: loss_top_k={arguments.loss_top_k}, and teacher_cache.top_k is {kept}. Raise it."
+            )
+    return arguments
 
 
 def device() -> torch.device:

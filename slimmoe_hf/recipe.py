@@ -19,16 +19,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from accelerate.utils import convert_file_size_to_int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from slimmoe_hf.plan import Target
+from slimmoe_hf.yaml_files import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -42,7 +42,8 @@ _ELSEWHERE = {
     "dataset_kwargs": "the data is tokenised before the trainer sees it",
     "model_init_kwargs": "the student is the stage's slimmed model",
     "teacher_model_init_kwargs": "the teacher is the recipe's `teacher`, and `teacher_memory` says where it is",
-    "teacher_logits_path": "`precompute_teacher_logits` writes the answers of the recipe's `teacher` in the run's folder",
+    "teacher_logits_path": "the recipe's `teacher_cache` asks for one",
+    "precompute_teacher_logits": "the recipe's `teacher_cache` asks for it",
     "fsdp": "the config that `accelerate` names says it",
     "fsdp_config": "the config that `accelerate` names says it",
     "push_to_hub": "publish the finished folder instead",
@@ -131,6 +132,23 @@ class Stage(_Strict):
         return name
 
 
+class TeacherCacheSpec(_Strict):
+    """The teacher's answers, asked for once and kept on disk; no teacher is in memory while a student trains.
+
+    It pays where stages go over the text about as often as it is long: every row is answered, trained on or not.
+
+    Attributes:
+        kind: `top_k`, the likeliest tokens and the mass of the rest, for forward KL; or `hidden`, the last hidden states,
+            for every divergence.
+        top_k: K, tokens kept of each answer.
+        batch_size: Texts at a time.
+    """
+
+    kind: Literal["top_k", "hidden"] = "top_k"
+    top_k: Annotated[int, Field(ge=2)] = 64
+    batch_size: Count = 8
+
+
 class Evaluation(_Strict):
     """What every model of a run is measured on.
 
@@ -174,6 +192,8 @@ class Recipe(_Strict):
         teacher_memory: How much device memory the teacher's weights may take while a stage trains ("12GB", "12GiB"):
             the others wait in host memory and come over at every forward. None is the whole teacher on the device. On a
             machine without a GPU it has no effect.
+        teacher_cache: Train on a cache of the teacher's answers, written before the first stage; None asks the teacher itself
+            at every step.
         accelerate: Path of an `accelerate` config (YAML): every stage trains in the processes that it asks for. Batch
             sizes are per process. None is this process.
         threads: CPU threads; None leaves them alone. Runs are bit-identical on the same number only.
@@ -190,6 +210,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     teacher_memory: str | None = None
+    teacher_cache: TeacherCacheSpec | None = None
     accelerate: str | None = None
     threads: Count | None = None
     output: str | None = None
@@ -200,6 +221,13 @@ class Recipe(_Strict):
         if text is not None:
             memory_bytes(text)
         return text
+
+    @field_validator("teacher_cache")
+    @classmethod
+    def _one_place(cls, asked: TeacherCacheSpec | None, info: ValidationInfo) -> TeacherCacheSpec | None:
+        if asked is not None and info.data.get("teacher_memory") is not None:
+            raise ValueError("no teacher is there while a student trains, so teacher_memory has no place; leave it out")
+        return asked
 
     def differences(self, other: Recipe) -> list[str]:
         """Dotted paths of the values that differ, `output` aside: where a run is stored is not what it is."""
@@ -266,23 +294,6 @@ def parse_recipe(values: Any, where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {_first_fault(error)}") from None
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse YAML safely; `1e-3` is a number, a key given twice is an error.
-
-    Raises:
-        ValueError: The file is not valid YAML; the message has the line.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{path}: {line}{error.problem or 'not valid YAML'}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())[:100]}).") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start}).") from None
 
 
 def memory_bytes(text: str) -> int:
@@ -352,6 +363,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the recipe knows at a place in the file."""
     models: dict[str, type[BaseModel]] = {
         "": Recipe, "data": DataSpec, "evaluation": Evaluation, "stages": Stage, "target": Target, "calibration": Calibration,
+        "teacher_cache": TeacherCacheSpec,
     }  # fmt: skip
     names = [part for part in location if isinstance(part, str)]
     return list(models[names[-1] if names else ""].model_fields)
@@ -370,21 +382,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if items is None:
         return {prefix: value}
     return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a float, and the second of two equal keys is not a silent winner."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)

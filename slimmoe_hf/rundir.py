@@ -15,9 +15,11 @@ from rich import get_console
 
 from slimmoe_hf.atomic import PARTIAL, write_text
 from slimmoe_hf.loading import files_sha256
-from slimmoe_hf.recipe import Recipe, parse_recipe, read_yaml
+from slimmoe_hf.recipe import Recipe, parse_recipe
+from slimmoe_hf.yaml_files import read_yaml
 
 RECIPE, STEPS, REPORT, LOCK = "recipe.yaml", "steps.json", "report.json", ".lock"
+CACHE = "teacher-cache"
 _VERSION = 1
 State = Literal["new", "unfinished", "finished"]
 Result = dict[str, Any]

@@ -19,12 +19,13 @@ import torch
 
 from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.commands import be_quiet
+from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, report_failure
 from slimmoe_hf.loading import load_tokenizer
-from slimmoe_hf.pipeline import distil, save_checkpoint
 from slimmoe_hf.preflight import stage_arguments
-from slimmoe_hf.recipe import parse_recipe, read_yaml
+from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.rundir import RECIPE
+from slimmoe_hf.yaml_files import read_yaml
 
 
 def train(run: Path, number: int) -> None:
@@ -42,15 +43,16 @@ def train(run: Path, number: int) -> None:
         torch.set_num_threads(recipe.threads)
     stage, folder = recipe.stages[number - 1], run / f"stage-{number}"
     told, rows = Handover.read(folder / FOLDER)
-    arguments = stage_arguments(recipe, number - 1, folder / "checkpoints")
+    arguments = stage_arguments(recipe, number - 1, run)
     if arguments.world_size != told.processes:
         raise ValueError(
             f"{recipe.accelerate}: asks for {told.processes} processes, and accelerate started {arguments.world_size}. "
             "Make its num_processes what this machine can run."
         )
     tokenizer = load_tokenizer(told.tokenizer)
+    teacher = None if recipe.teacher_cache else told.teacher
     model, history = distil(
-        folder / "slimmed", told.teacher, arguments, tokenizer, rows["train"], rows["validation"], folder.name,
+        folder / "slimmed", teacher, arguments, tokenizer, rows["train"], rows["validation"], folder.name,
         stage.training_dtype, recipe.teacher_memory,
     )  # fmt: skip
     if arguments.process_index == 0:

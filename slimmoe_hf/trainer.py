@@ -33,7 +33,7 @@ from slimmoe_hf.admission import (
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.cached_teacher import COLUMNS, FOLDER, CachedTeacher, precomputed
 from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.losses import IGNORED, DistillationLoss, load_balancing_loss
+from slimmoe_hf.losses import IGNORED, load_balancing_loss
 from slimmoe_hf.publishing import PublishingTrainer
 from slimmoe_hf.resumption import ResumableTrainer
 from slimmoe_hf.routing import LoadMonitor
@@ -134,7 +134,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, SFTTrainer):
         adapters = [peft_config, *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
         adapters = [adapter for adapter in adapters if adapter is not None]
         refuse_unsupported(config, tokenizer, adapters)
-        self.distillation_loss = DistillationLoss(args.beta, args.temperature, args.loss_top_k, args.loss_add_tail)
+        self.distillation_loss = args.divergence()
         self.terms = Terms(args.router_logits_weight, args.hidden_states_weight)
         teacher = open_teacher(model, teacher_model, args, self.distillation_loss, bool(adapters))
         if isinstance(teacher, CachedTeacher):

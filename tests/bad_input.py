@@ -133,6 +133,16 @@ def no_room(home: Path, recipe: Values) -> None:
     recipe["stages"][0]["distillation"]["per_device_train_batch_size"] = 10**9
 
 
+def cached(**settings: Any) -> Callable[[Path, Values], None]:
+    """A cache of 64 tokens, and something of the last stage's loss that it cannot serve."""
+
+    def spoil(home: Path, recipe: Values) -> None:
+        recipe["teacher_cache"] = {"top_k": 64}
+        recipe["stages"][-1]["distillation"] |= settings
+
+    return spoil
+
+
 BAD_RECIPES: list[tuple[Callable[[Path, Values], None], str]] = [
     (misspelt, "recipe.yaml: stages.0.critreion: unknown key; did you mean criterion?"),
     (not_a_number, "stages.1.distillation: learning_rate='fast' is not a number"),
@@ -141,6 +151,13 @@ BAD_RECIPES: list[tuple[Callable[[Path, Values], None], str]] = [
     (target(expert_width=12), "stages.1.target: expert_width=12 is not a multiple of 8"),
     (target(kv_groups=3), "stages.1.target: kv_groups=3 is not between 1 and the model's 2 key/value groups"),
     (target(), "stages.1.target: the target asks for nothing"),
+    (cached(beta=0.5), "stages.1.distillation: beta=0.5 looks at every token, and teacher_cache keeps 64. Set"),
+    (cached(loss_top_k=128), "stages.1.distillation: loss_top_k=128, and teacher_cache.top_k is 64. Raise it."),
+    (cached(router_logits_weight=0.1), "stages.1.distillation: router_logits_weight=0.1 compares what is inside"),
+    (
+        cached(precompute_teacher_logits=True),
+        "precompute_teacher_logits cannot be set here: the recipe's `teacher_cache`",
+    ),
     (dense, "model_type='llama' is not a Mixture-of-Experts family"),
     (truncated, "teacher/model.safetensors: truncated at "),
     (beheaded, "teacher/model.safetensors: truncated: 7 bytes"),

@@ -12,7 +12,7 @@ LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
     "identity", "serving", "routing", "peak", "lora", "throughput",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
-    "logit_losses", "student_forward", "terms",
+    "logit_losses", "student_forward", "terms", "yaml_files",
 }  # fmt: skip
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
 DISTILLING = {
@@ -22,7 +22,7 @@ JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
-    "hub", "run_card", "harness",
+    "hub", "run_card", "harness", "distilling",
     "plots",
 }  # fmt: skip
 

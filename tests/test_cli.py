@@ -18,9 +18,10 @@ from bad_input import BAD_RECIPES, Values, broken_config, dense, large_tokenizer
 from filelock import FileLock
 from recipes import tiny_recipe, write_recipe
 from runs import in_child
+from safetensors.torch import load_file
 from tiny import save_tiny
 
-from slimmoe_hf import cli, commands, parsers, pipeline
+from slimmoe_hf import cli, commands, distilling, parsers
 from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 from slimmoe_hf.outlook import MACHINES
@@ -99,7 +100,8 @@ def test_flags_are_a_visible_decision():
             "--shard-size", "--delete-source-shards",
         },
         "distill": common | train | teacher | output | {
-            "--model", "--beta", "--temperature", "--loss-top-k", "--distillation-weight", "--crossentropy-weight",
+            "--model", "--teacher-cache", "--beta", "--temperature", "--loss-top-k", "--distillation-weight",
+            "--crossentropy-weight",
         } | training,
         "run": common | output | {"--dry-run", "--machine"},
         "eval": common | data | teacher | output | {
@@ -157,14 +159,14 @@ def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.Capture
 
 
 def _distill_and_die(argv: list[str]) -> None:
-    true = pipeline.TrainingProgress.on_step_end
+    true = distilling.TrainingProgress.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         true(self, args, state, control, **kwargs)
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pipeline.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+    distilling.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
     cli.main(argv)
 
 
@@ -182,6 +184,32 @@ def test_a_killed_distillation_continues_and_ends_with_the_same_weights(home: Pa
     assert cli.main(killed) == 0
     assert "continues from checkpoint-2" in "".join(capsys.readouterr())
     assert weights_sha256(home / "whole") == weights_sha256(home / "killed")
+
+
+def test_a_cache_takes_the_teachers_place(home: Path, capsys: pytest.CaptureFixture[str]):
+    text, cache = ["--data", str(home / "text.jsonl"), *DATA], str(home / "cache")
+    save_tiny(home / "student", intermediate_size=16)
+    training = ["--max-steps", "3", "--per-device-train-batch-size", "2"]
+    given = ["distill", "--model", str(home / "student"), *text, *training]
+    assert cli.main(["cache", "write", str(home / "teacher"), *text, "--output", cache, "--top-k", "320"]) == 0
+    assert cli.main([*given, "--teacher", str(home / "teacher"), "--output", str(home / "live")]) == 0
+    assert cli.main([*given, "--teacher-cache", cache, "--output", str(home / "cached")]) == 0
+    live, cached = (load_file(home / name / "model.safetensors") for name in ("live", "cached"))
+    start = load_file(home / "student" / "model.safetensors")
+    for name in live:
+        moved = (live[name] - start[name]).norm()
+        assert (cached[name] - live[name]).norm() <= 0.05 * moved, name
+    both = [*given, "--teacher", str(home / "teacher"), "--teacher-cache", cache, "--output", str(home / "both")]
+    assert "distill takes --teacher, or --teacher-cache" in one_error(capsys, *both)
+    other = [*given, "--teacher-cache", cache, "--output", str(home / "other"), "--no-packing"]
+    assert "does not fit this training: " in one_error(capsys, *other)
+    nowhere, jsd = (
+        [*given, "--teacher-cache", str(home / "nowhere")],
+        [*given, "--teacher-cache", cache, "--beta", "0.5"],
+    )
+    assert "nowhere: no teacher cache there" in one_error(capsys, *nowhere, "--output", str(home / "other"))
+    assert "beta" in one_error(capsys, *jsd, "--output", str(home / "other"))
+    assert not list(home.glob("other*"))
 
 
 def test_flags_win_over_the_config_file(home: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,7 +17,8 @@ from slimmoe_hf.memory import training_memory
 from slimmoe_hf.outlook import MACHINES, Machine, Step, check_room, optimizer_of, outlook, shown_steps
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import Outline, outline, read_text
-from slimmoe_hf.recipe import Recipe, parse_recipe
+from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, parse_recipe
+from slimmoe_hf.rundir import CACHE
 
 CPU = Machine("a CPU", 10**9, None, 1e9, 1e9)
 GPU = Machine("a GPU", 10**9, 10**10, 1e12, 1e9)
@@ -31,12 +32,21 @@ def planned(home: Path, machine: Machine, **stage: object) -> tuple[Recipe, Outl
     return recipe, found, outlook(recipe, found, machine, read_text(recipe, found.tokenizer))
 
 
-def test_every_step_of_a_run_is_announced_by_the_name_it_then_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    recipe, _, steps = planned(tmp_path, CPU)
+@pytest.mark.parametrize("cache", [None, TeacherCacheSpec()], ids=["live", "cached"])
+def test_every_step_of_a_run_is_announced_by_the_name_it_then_has(
+    cache: TeacherCacheSpec | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe, _, _ = planned(tmp_path, CPU)
+    recipe = recipe.model_copy(update={"teacher_cache": cache})
+    found = outline(recipe)
+    steps = outlook(recipe, found, CPU, read_text(recipe, found.tokenizer))
     run_recipe(recipe, tmp_path / "run")
     finished = [line.split(": done in")[0] for line in capsys.readouterr().out.splitlines() if ": done in" in line]
     made = [name for name in (line.split()[-1] for line in finished) if not name.endswith("/plan")]
     assert made == [step.name for step in steps]
+    if cache is not None:
+        written = sum(file.stat().st_size for file in (tmp_path / "run" / CACHE).glob("answers-*"))
+        assert next(step.disk for step in steps if step.name == CACHE) == pytest.approx(written, rel=0.1)
 
 
 def test_what_does_not_fit_is_refused_with_the_step_and_the_setting(tmp_path: Path):

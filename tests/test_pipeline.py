@@ -16,10 +16,12 @@ import torch
 from filelock import FileLock
 from recipes import tiny_recipe, write_recipe
 from runs import in_child
-from tiny import tiny_tokenizer, write_text
+from tiny import VOCAB_SIZE, tiny_tokenizer, write_text
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from slimmoe_hf import pipeline
+from slimmoe_hf import distilling, pipeline
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_writer import CacheWriter
 from slimmoe_hf.callbacks import SlimmingCallback
 from slimmoe_hf.data import document_hash, load_splits, take_rows
 from slimmoe_hf.evaluation import count_parameters
@@ -30,6 +32,7 @@ from slimmoe_hf.plan import CompressionPlan, Target
 from slimmoe_hf.preflight import Inputs, check, outline, read_text
 from slimmoe_hf.recipe import Recipe, load_recipe
 from slimmoe_hf.report import Report
+from slimmoe_hf.rundir import CACHE, RunFolder
 from slimmoe_hf.stats import ExpertStats
 
 
@@ -172,14 +175,14 @@ def _kill_in_calibration() -> None:
 
 
 def _kill_in_training() -> None:
-    true = pipeline.TrainingProgress.on_step_end
+    true = distilling.TrainingProgress.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         true(self, args, state, control, **kwargs)
         if self.label == "stage-2" and state.global_step == 5:
             _kill()
 
-    pipeline.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+    distilling.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
 
 
 def _kill_between_stages() -> None:
@@ -234,6 +237,38 @@ def test_killed_at_any_point_the_same_command_ends_with_the_same_weights(
     log = captured.out + captured.err
     assert said in log and log.count(": reused") == reused
     assert not list(output.rglob(".partial-*"))
+
+
+def _kill_while_the_teacher_answers() -> None:
+    true = CacheWriter.add
+
+    def dying(self: CacheWriter, *args: Any) -> None:
+        true(self, *args)
+        if self._answers > 1500:
+            _kill()
+
+    CacheWriter.add = dying  # type: ignore[method-assign]
+
+
+def _kill_after_the_teacher_answered() -> None:
+    RunFolder._save = lambda self: _kill() if CACHE in self._steps else _SAVE(self)  # type: ignore[method-assign]
+
+
+_SAVE = RunFolder._save
+
+
+def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(home: Path, report: Report, tmp_path: Path):
+    """All of the vocabulary is kept, in float16; killed among its answers and right after them, nothing changes."""
+    recipe, output = _with(home, tmp_path, teacher_cache={"top_k": VOCAB_SIZE}), tmp_path / "run"
+    for arrange in (_kill_while_the_teacher_answers, _kill_after_the_teacher_answered):
+        assert in_child(_run_and_die, arrange, recipe, output) == -signal.SIGKILL
+    found = run_recipe(recipe, output)
+    assert found is not None and TeacherCache.open(output / CACHE).manifest.answers > 1500
+    whole = run_recipe(recipe, tmp_path / "whole")
+    assert whole is not None and whole.models[-1].weights_sha256 == found.models[-1].weights_sha256
+    # Of the first stage: the second one's plan may choose another of two neurons that score alike.
+    ours, theirs = ([model.loss for model in each.models[:3]] for each in (found, report))
+    assert ours == pytest.approx(theirs, abs=2e-3) and theirs[1] - theirs[2] > 0.02
 
 
 def test_a_damaged_output_is_made_again(home: Path, report: Report, tmp_path: Path):

@@ -39,6 +39,10 @@ def test_defaults_are_spelt_out_and_read_back_equal():
         (minimal(stages=[{"target": {}, "criterion": "tailor"}]), "did you mean taylor?"),
         (minimal(stages=[]), "stages: list should have at least 1 item"),
         (minimal(teacher_memory="a lot"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found 'a lot'"),
+        (
+            minimal(teacher_memory="1GB", teacher_cache={}),
+            "teacher_cache: no teacher is there while a student trains, so teacher_memory has no place; leave it out",
+        ),
         (minimal(teacher_memory="0GB"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found '0GB'"),
         (minimal(teacher_memory=12), "teacher_memory: input should be a valid string"),
         (minimal(stages=[{"target": {}, "training_dtype": "float16"}]), "training_dtype: input should be 'float32'"),

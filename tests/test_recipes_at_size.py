@@ -19,8 +19,9 @@ from slimmoe_hf.memory import cache_bytes_per_token
 from slimmoe_hf.outlook import MACHINES, Step, check_room, outlook
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import outline
-from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe, read_yaml
+from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe
 from slimmoe_hf.shards import ShardWriter, read_header
+from slimmoe_hf.yaml_files import read_yaml
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What Microsoft's and AI2's own config.json say, as far as sizes go.
@@ -134,7 +135,7 @@ def test_the_shipped_phi_recipe_runs_at_full_width(name: str, phi: Path, tmp_pat
     """Only model, data and counts are overridden."""
     values = read_yaml(EXAMPLES / f"{name}.yaml")
     values["model"] = str(phi / "model")
-    values["data"] = {"source": str(phi / "text.jsonl"), "max_length": 16, "tokens": 20_000, "validation_tokens": 512}
+    values["data"] = {"source": str(phi / "text.jsonl"), "max_length": 16, "tokens": 4_000, "validation_tokens": 512}
     for stage in values["stages"]:
         stage["calibration"]["tokens"] = 64
         stage["distillation"] |= {"max_steps": 2, "gradient_accumulation_steps": 1, "warmup_steps": 0, "save_steps": 2}

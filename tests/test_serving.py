@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import create_model_from_path
 
 from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.distilling import save_checkpoint
 from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.pipeline import save_checkpoint
 from slimmoe_hf.plan import Target
 from slimmoe_hf.serving import serving_config
 
