@@ -39,7 +39,6 @@ from slimmoe_hf.command_inputs import (
 )
 from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
-from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.loading import (
     files_sha256,
     find_checkpoint,
@@ -53,6 +52,7 @@ from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, device, training_arguments
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.student_training import distil, save_checkpoint
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
 

@@ -28,7 +28,6 @@ from trl import SFTConfig, SFTTrainer
 from slimmoe_hf.atomic import refuse_existing, replacing, write_text
 from slimmoe_hf.command_inputs import open_checkpoint, same_request
 from slimmoe_hf.data import dataset_hash
-from slimmoe_hf.distilling import save_checkpoint
 from slimmoe_hf.finetune_report import REPORT, Finetuned, HeldOut, versions
 from slimmoe_hf.finetune_settings import (
     Adapter,
@@ -47,6 +46,7 @@ from slimmoe_hf.peak import PeakMemory
 from slimmoe_hf.progress import TrainingProgress
 from slimmoe_hf.resumption import ResumableTrainer, last_complete_checkpoint
 from slimmoe_hf.sizing import own_dtype
+from slimmoe_hf.student_training import save_checkpoint
 from slimmoe_hf.token_sums import TokenSums
 from slimmoe_hf.tuning_data import TuningData, read_tuning_data, use_chat_template
 

@@ -25,7 +25,6 @@ from slimmoe_hf.cache_format import MANIFEST
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
-from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.evaluation import evaluate_checkpoint
 from slimmoe_hf.harness import TaskResult, TaskSet, load_tasks
 from slimmoe_hf.hub import complete_folder
@@ -49,6 +48,7 @@ from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, resolved
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.student_training import distil, save_checkpoint
 
 
 def run_recipe(

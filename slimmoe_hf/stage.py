@@ -19,12 +19,12 @@ import torch
 
 from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.commands import be_quiet
-from slimmoe_hf.distilling import distil, save_checkpoint
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, report_failure
 from slimmoe_hf.loading import load_tokenizer
 from slimmoe_hf.preflight import stage_arguments
 from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.rundir import RECIPE
+from slimmoe_hf.student_training import distil, save_checkpoint
 from slimmoe_hf.yaml_files import read_yaml
 
 

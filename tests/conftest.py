@@ -17,6 +17,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole fast suite; none beside this one for a few files, or for slow tests, which may be large."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(2, os.cpu_count() or 1) if whole and config.option.markexpr == "not slow and not gpu" else 0
+
+
 @pytest.fixture(autouse=True, scope="session")
 def frozen() -> None:
     """Imported modules are not looked through by every garbage collection: that was two fifths of a tiny training run."""

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimmoe_hf import checkpoint, shards
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.distilling import save_checkpoint
 from slimmoe_hf.families import FAMILIES, shape_of
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.shards import read_header
+from slimmoe_hf.student_training import save_checkpoint
 from slimmoe_hf.surgery import apply_plan
 
 LAYOUTS = {"per expert": True, "fused": False}

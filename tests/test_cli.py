@@ -21,7 +21,7 @@ from runs import in_child
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from slimmoe_hf import cli, commands, distilling, parsers
+from slimmoe_hf import cli, commands, parsers, student_training
 from slimmoe_hf.criteria import CRITERIA
 from slimmoe_hf.loading import weights_sha256
 from slimmoe_hf.outlook import MACHINES
@@ -159,14 +159,14 @@ def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.Capture
 
 
 def _distill_and_die(argv: list[str]) -> None:
-    true = distilling.TrainingProgress.on_step_end
+    true = student_training.TrainingProgress.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         true(self, args, state, control, **kwargs)
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    distilling.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+    student_training.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
     cli.main(argv)
 
 

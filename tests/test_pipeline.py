@@ -19,7 +19,7 @@ from runs import in_child
 from tiny import VOCAB_SIZE, tiny_tokenizer, write_text
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from slimmoe_hf import distilling, pipeline
+from slimmoe_hf import pipeline, student_training
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_writer import CacheWriter
 from slimmoe_hf.callbacks import SlimmingCallback
@@ -175,14 +175,14 @@ def _kill_in_calibration() -> None:
 
 
 def _kill_in_training() -> None:
-    true = distilling.TrainingProgress.on_step_end
+    true = student_training.TrainingProgress.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         true(self, args, state, control, **kwargs)
         if self.label == "stage-2" and state.global_step == 5:
             _kill()
 
-    distilling.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+    student_training.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
 
 
 def _kill_between_stages() -> None:

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import create_model_from_path
 
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.distilling import save_checkpoint
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.plan import Target
 from slimmoe_hf.serving import serving_config
+from slimmoe_hf.student_training import save_checkpoint
 
 # As Microsoft's own config.json spells it, at the width of tiny heads.
 OLD_ROPE: dict[str, Any] = {

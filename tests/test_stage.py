@@ -25,7 +25,7 @@ from tiny import FAMILY_NAMES, save_tiny, tiny_model
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from slimmoe_hf import distilling, launch
+from slimmoe_hf import launch, student_training
 from slimmoe_hf.data import dataset_hash
 from slimmoe_hf.launch import Handover, processes_of, report_failure
 from slimmoe_hf.pipeline import run_recipe
@@ -356,7 +356,7 @@ def bfloat16_recipe(home: Path, folder: Path) -> Path:
 
 
 def run_and_die(recipe: Path) -> None:
-    true = distilling.TrainingProgress.on_step_end
+    true = student_training.TrainingProgress.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         true(self, args, state, control, **kwargs)
@@ -364,7 +364,7 @@ def run_and_die(recipe: Path) -> None:
             assert {weight.dtype for weight in kwargs["model"].parameters()} == {torch.bfloat16}
             os.kill(os.getpid(), signal.SIGKILL)
 
-    distilling.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
+    student_training.TrainingProgress.on_step_end = dying  # type: ignore[method-assign]
     run_recipe(recipe)
 
 
