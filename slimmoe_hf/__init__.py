@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimmoe_hf.arguments import DistillationConfig
+    from slimmoe_hf.arguments import DistillationConfig, Seq2SeqDistillationConfig
     from slimmoe_hf.calibration import collect_stats
     from slimmoe_hf.callbacks import SlimmingCallback
     from slimmoe_hf.checkpoint import slim_checkpoint
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimmoe_hf.lora import lora_config
     from slimmoe_hf.pipeline import run_recipe
     from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+    from slimmoe_hf.seq2seq import Seq2SeqDistillationTrainer
     from slimmoe_hf.stats import ExpertStats
     from slimmoe_hf.surgery import apply_plan
     from slimmoe_hf.trainer import DistillationTrainer
@@ -27,6 +28,8 @@ _HOMES = {
     "DistillationConfig": "arguments",
     "DistillationTrainer": "trainer",
     "ExpertStats": "stats",
+    "Seq2SeqDistillationConfig": "arguments",
+    "Seq2SeqDistillationTrainer": "seq2seq",
     "SlimmingCallback": "callbacks",
     "Target": "plan",
     "apply_plan": "surgery",
@@ -44,6 +47,8 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "ExpertStats",
+    "Seq2SeqDistillationConfig",
+    "Seq2SeqDistillationTrainer",
     "SlimmingCallback",
     "Target",
     "apply_plan",

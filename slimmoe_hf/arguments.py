@@ -1,4 +1,4 @@
-"""The settings of a distillation run: TRL's `SFTConfig` and a few fields more."""
+"""The settings of a distillation run: TRL's `SFTConfig`, or `Seq2SeqTrainingArguments`, and a few fields more."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -14,13 +15,12 @@ from slimmoe_hf.losses import DistillationLoss
 
 
 @dataclass
-class DistillationConfig(SFTConfig):
-    """Arguments of `DistillationTrainer`; every argument of `SFTConfig` keeps its meaning.
+class DistillationArguments:
+    """What the loss is made of and where the teacher comes from, whatever is distilled.
 
-    Defaults that differ from `SFTConfig`: `router_aux_loss_coef` is 0.0 instead of the model's own,
-    `logging_nan_inf_filter` is False (the trainer stops on a non-finite loss, and the filter costs a device sync per
-    micro-batch), and `bf16`, where neither it nor `fp16` is set, is on only where the machine has an accelerator that
-    computes in bfloat16: on a CPU it is slower than float32 and less exact.
+    Defaults that differ from those of `TrainingArguments` and its kin: `router_aux_loss_coef` is 0.0 instead of the model's
+    own, and `logging_nan_inf_filter` is False (the trainer stops on a non-finite loss, and the filter costs a device sync
+    per micro-batch).
 
     Attributes:
         beta: 0.0 forward KL, 1.0 reverse KL, between them the generalised Jensen-Shannon divergence.
@@ -39,12 +39,7 @@ class DistillationConfig(SFTConfig):
             mean over layers.
         hidden_states_weight: Weight of the mean squared error of the layers' outputs as a share of the teacher's mean
             square, token by token, mean over layers.
-
-    Raises:
-        ValueError: A value outside its range, or an SFT setting that the distillation loss replaces.
     """
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
     router_aux_loss_coef: float | None = field(
         default=0.0,
@@ -94,17 +89,6 @@ class DistillationConfig(SFTConfig):
         default=0.0, metadata={"help": "Weight of the relative squared error of the layers' outputs; 0.0 is off."}
     )
 
-    def __post_init__(self) -> None:
-        """Fill in defaults that depend on the machine and check every value."""
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
-        super().__post_init__()
-        for name in ("distillation_weight", "crossentropy_weight"):
-            setattr(self, name, schedule(name, getattr(self, name)))
-        self._check_loss()
-        self._check_terms()
-        self._check_replaced()
-
     def weights_at(self, progress: float) -> tuple[float, float]:
         """Weights of divergence and cross-entropy at `progress`, from 0.0 (first step) to 1.0 (last step)."""
         ends = (_ends(self.distillation_weight), _ends(self.crossentropy_weight))
@@ -123,7 +107,14 @@ class DistillationConfig(SFTConfig):
         )  # fmt: skip
         return {name: vars(self)[name] for name in names}
 
-    def _check_loss(self) -> None:
+    def check_loss(self) -> None:
+        """Read schedules, and check every value that the loss is made of.
+
+        Raises:
+            ValueError: One is outside its range.
+        """
+        for name in ("distillation_weight", "crossentropy_weight"):
+            setattr(self, name, schedule(name, getattr(self, name)))
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta={self.beta} is outside [0, 1]. 0.0 is forward KL, 1.0 is reverse KL.")
         if not 0.0 < self.temperature < math.inf:
@@ -143,48 +134,126 @@ class DistillationConfig(SFTConfig):
                 )
         if self.router_aux_loss_coef is not None and not 0.0 <= self.router_aux_loss_coef < math.inf:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef} is negative. 0.0 turns it off.")
-
-    def _check_terms(self) -> None:
         for name in ("router_logits_weight", "hidden_states_weight"):
-            weight = vars(self)[name]
-            if not 0.0 <= weight < math.inf:
-                raise ValueError(f"{name}={weight} is not a number of at least 0. 0.0 turns it off.")
-            if weight and (self.teacher_logits_path is not None or self.precompute_teacher_logits):
-                raise ValueError(
-                    f"{name}={weight} compares what is inside the models, and a teacher cache holds the teacher's answers "
-                    "only. Set it to 0.0, or train with the teacher itself."
-                )
-            if weight and _dict(self.gradient_checkpointing_kwargs).get("use_reentrant"):
-                raise ValueError(
-                    f"{name}={weight} gets no gradient under reentrant gradient checkpointing. Leave use_reentrant out of "
-                    "gradient_checkpointing_kwargs."
-                )
+            if not 0.0 <= vars(self)[name] < math.inf:
+                raise ValueError(f"{name}={vars(self)[name]} is not a number of at least 0. 0.0 turns it off.")
 
-    def _check_replaced(self) -> None:
-        """SFT settings that our `compute_loss` would silently ignore."""
+
+@dataclass
+class DistillationConfig(DistillationArguments, SFTConfig):
+    """Arguments of `DistillationTrainer`: every argument of `SFTConfig` keeps its meaning, `DistillationArguments` come on top.
+
+    `bf16`, where neither it nor `fp16` is set, is on only where the machine has an accelerator that computes in bfloat16: on
+    a CPU it is slower than float32 and less exact.
+
+    Raises:
+        ValueError: A value outside its range, or an SFT setting that the distillation loss replaces.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        """Fill in defaults that depend on the machine and check every value."""
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
+        super().__post_init__()
+        self.check_loss()
+        self._check_terms()
         if self.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.loss_type!r} has no meaning here: distillation_weight and crossentropy_weight choose "
                 "the loss. Leave loss_type unset."
             )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
-                "is the smoothing. Set it to 0.0."
-            )
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel=True replaces the forward that gives the logits. Leave it off; "
-                "model_init_kwargs={'use_kernels': True} brings kernels for the layers."
-            )
-        if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False weighs a token by the process it falls on, so the gradient would "
-                "depend on how the batch was cut. Leave it True."
-            )
+        refuse_replaced(self)
+
+    def _check_terms(self) -> None:
+        for name in ("router_logits_weight", "hidden_states_weight"):
+            weight = vars(self)[name]
+            if weight and (self.teacher_logits_path is not None or self.precompute_teacher_logits):
+                raise ValueError(
+                    f"{name}={weight} compares what is inside the models, and a teacher cache holds the teacher's answers "
+                    "only. Set it to 0.0, or train with the teacher itself."
+                )
+            if weight and as_dict(self.gradient_checkpointing_kwargs).get("use_reentrant"):
+                raise ValueError(
+                    f"{name}={weight} gets no gradient under reentrant gradient checkpointing. Leave use_reentrant out of "
+                    "gradient_checkpointing_kwargs."
+                )
 
 
-def _dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+@dataclass
+class Seq2SeqDistillationConfig(DistillationArguments, Seq2SeqTrainingArguments):
+    """Arguments of `Seq2SeqDistillationTrainer`: those of `Seq2SeqTrainingArguments` and, on top, `DistillationArguments`.
+
+    A teacher cache and the terms on routers and layers are for decoder-only models so far: their settings are refused.
+
+    Attributes:
+        model_init_kwargs: For `from_pretrained`, where the student is given by name; it is loaded in float32 unless `dtype`
+            is among them.
+        trust_remote_code: Whether code that comes with a checkpoint may run.
+
+    Raises:
+        ValueError: A value outside its range, or a setting that does not work here.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *Seq2SeqTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "teacher_model_init_kwargs"
+    ]  # fmt: skip
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained for a student given by name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with a checkpoint may run."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        self.check_loss()
+        for name in ("teacher_logits_path", "precompute_teacher_logits"):
+            if vars(self)[name]:
+                raise ValueError(
+                    f"{name}={vars(self)[name]}: a teacher cache knows a text by its input_ids, and in an encoder-decoder the "
+                    "answers depend on the labels too. Leave it out, and give teacher_model."
+                )
+        for name in ("router_logits_weight", "hidden_states_weight"):
+            if vars(self)[name]:
+                raise ValueError(
+                    f"{name}={vars(self)[name]}: this term is for decoder-only models so far, where it is known which layers to "
+                    "compare. Set it to 0.0."
+                )
+        refuse_replaced(self)
+
+
+def refuse_replaced(args: TrainingArguments) -> None:
+    """Refuse the settings of any Trainer that the distillation loss would silently ignore.
+
+    Args:
+        args: Of the Trainer.
+
+    Raises:
+        ValueError: One of them is set.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} is not supported: the teacher's distribution "
+            "is the smoothing. Set it to 0.0."
+        )
+    if args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel=True replaces the forward that gives the logits. Leave it off; "
+            "model_init_kwargs={'use_kernels': True} brings kernels for the layers."
+        )
+    if not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False weighs a token by the process it falls on, so the gradient would "
+            "depend on how the batch was cut. Leave it True."
+        )
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Keyword arguments, as `TrainingArguments` leaves them in a config that was built."""
     assert not isinstance(value, str), "TrainingArguments parses JSON text"
     return dict(value or {})
 

@@ -187,21 +187,22 @@ def count(number: int) -> str:
     return str(number)
 
 
-def loading_code(repo: str | None, prompt: str, branch: str | None = None) -> str:
+def loading_code(repo: str | None, prompt: str, branch: str | None = None, loader: str = "AutoModelForCausalLM") -> str:
     """How to load the model and have it write, as a Markdown block.
 
     Args:
         repo: Its Hub id; None where it has none yet.
         prompt: What it is to continue.
         branch: Where it is published, if not on main.
+        loader: The class of transformers that loads it.
     """
     at = _revision(branch)
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 name = "{repo or PLACE}"
 tokenizer = AutoTokenizer.from_pretrained(name{at})
-model = AutoModelForCausalLM.from_pretrained(name{at}, dtype="auto")
+model = {loader}.from_pretrained(name{at}, dtype="auto")
 
 prompt = {json.dumps(prompt, ensure_ascii=False)}
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -215,19 +216,20 @@ def _revision(branch: str | None) -> str:
     return f', revision="{branch}"' if branch not in (None, "main") else ""
 
 
-def adapter_code(repo: str | None, base: Base, branch: str | None = None) -> str:
+def adapter_code(repo: str | None, base: Base, branch: str | None = None, loader: str = "AutoModelForCausalLM") -> str:
     """How to load a PEFT adapter, as a Markdown block.
 
     Args:
         repo: Its Hub id; None where it has none yet.
         base: The model that it adapts.
         branch: Where it is published, if not on main.
+        loader: The class of transformers that loads the model.
     """
     return f"""```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{base.hub_id or "path/to/the/model"}", dtype="auto")
+model = {loader}.from_pretrained("{base.hub_id or "path/to/the/model"}", dtype="auto")
 model = PeftModel.from_pretrained(model, "{repo or PLACE}"{_revision(branch)})
 ```"""
 

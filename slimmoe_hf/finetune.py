@@ -20,9 +20,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich import get_console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from slimmoe_hf.atomic import refuse_existing, replacing, write_text
@@ -47,25 +45,21 @@ from slimmoe_hf.progress import TrainingProgress
 from slimmoe_hf.resumption import ResumableTrainer, last_complete_checkpoint
 from slimmoe_hf.sizing import own_dtype
 from slimmoe_hf.student_training import save_checkpoint
-from slimmoe_hf.token_sums import TokenSums
+from slimmoe_hf.token_sums import TokenEvaluation
 from slimmoe_hf.tuning_data import TuningData, read_tuning_data, use_chat_template
 
 _BEFORE = "before.json"
 _HELD_OUT = ("validation", "test")
 
 
-class FinetuningTrainer(ResumableTrainer, SFTTrainer):
+class FinetuningTrainer(ResumableTrainer, TokenEvaluation, SFTTrainer):
     """`SFTTrainer` whose interrupted run ends with the same weights as one left alone, fused experts included.
 
     The losses that it evaluates are means over the predicted tokens of the whole set, not means of batch means.
     """
 
     _tag_names = ["slimmoe_hf", "sft"]  # noqa: RUF012
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Arguments as `SFTTrainer`."""
-        self._eval_sums = TokenSums()
-        super().__init__(*args, **kwargs)
+    _tokens_metric = "tokens"
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -77,23 +71,6 @@ class FinetuningTrainer(ResumableTrainer, SFTTrainer):
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
         self._eval_sums.add(tokens=tokens, loss=found[0] * tokens)
         return found
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The stock loop, its loss weighed by tokens; also reports how many they are."""
-        self._eval_sums.clear()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        means, tokens = self._eval_sums.means(self.accelerator)
-        own = {f"{metric_key_prefix}_loss": means.get("loss", math.nan), f"{metric_key_prefix}_tokens": tokens}
-        return output._replace(metrics={**(output.metrics or {}), **own})
 
 
 class _Speed(TrainerCallback):
@@ -326,7 +303,7 @@ def _measure(trainer: FinetuningTrainer, job: _Job) -> dict[str, tuple[float, in
     for name in _HELD_OUT:
         documents: Dataset = vars(job.data)[name]
         metrics = trainer.evaluate(documents, metric_key_prefix=name)
-        found[name] = metrics[f"{name}_loss"], int(metrics[f"{name}_tokens"])
+        found[name] = metrics.get(f"{name}_loss", math.nan), int(metrics[f"{name}_tokens"])
         if not found[name][1]:
             raise ValueError(
                 f"{name}: no document has a token to measure among its first {job.arguments.max_length}. Raise "

@@ -53,6 +53,15 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return combined({name: sample_digest(sample) for name, sample in samples.items()})
 
 
+def row_fingerprint(model: nn.Module) -> str:
+    """Which weights any model has, from the first row of each; not to be compared with `model_fingerprint`.
+
+    Args:
+        model: On real devices.
+    """
+    return combined({name: sample_digest(weight[:1]) for name, weight in model.named_parameters() if weight.dim()})
+
+
 def sampled(config: PreTrainedConfig) -> frozenset[str]:
     """Published names of the weights that `model_fingerprint` looks at; a dense layer lacks some of them."""
     family = family_of(config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from slimmoe_hf import card
-from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.arguments import DistillationConfig, Seq2SeqDistillationConfig
 from slimmoe_hf.lineage import CARD, Base, find_base, is_hub_id, public_name
 from slimmoe_hf.serving import missing_biases, write_serving_config
 from slimmoe_hf.upload import Pushed, public_form, publishable, push_files
@@ -56,7 +56,7 @@ class Training:
     license: str | None
     datasets: list[str]
     tags: list[str]
-    args: DistillationConfig
+    args: DistillationConfig | Seq2SeqDistillationConfig
     processes: int
     history: list[dict[str, Any]]
     folder: Path
@@ -65,16 +65,17 @@ class Training:
 
 
 def training_card(training: Training) -> str:
-    """The README.md of a model that a `DistillationTrainer` trained."""
+    """The README.md of a model that a `DistillationTrainer`, or that for encoder-decoders, trained."""
     base, teacher = training.base, training.teacher
     data = card.metadata(training.name, base, training.datasets, tags=training.tags, adapter=training.adapter)
     origin = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{base.name}`"
     taught = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id(teacher) else teacher
     plan = card.plan_text(training.folder / "plan")
+    loader = "AutoModelForCausalLM" if isinstance(training.args, DistillationConfig) else "AutoModelForSeq2SeqLM"
     code = (
-        card.adapter_code(training.repo, base, training.branch)
+        card.adapter_code(training.repo, base, training.branch, loader)
         if training.adapter
-        else card.loading_code(training.repo, "The", training.branch)
+        else card.loading_code(training.repo, "The", training.branch, loader)
     )
     summary = f"{origin}, trained on the next-token distributions of {taught} with slimmoe_hf. {plan}"
     return card.assemble(data, training.name, [
@@ -100,11 +101,12 @@ def _measured(history: list[dict[str, Any]]) -> str:
 def _settings(training: Training) -> dict[str, str]:
     args, steps = training.args, max((entry.get("step", 0) for entry in training.history), default=0)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * training.processes
+    length = args.max_length if isinstance(args, DistillationConfig) else None
     tokens = [int(entry["num_tokens"]) for entry in training.history if "num_tokens" in entry]
     return {
         "optimizer steps": f"{steps:,}",
         "tokens trained on": f"{tokens[-1]:,}" if tokens else "-",
-        "batch": f"{rows:,} rows of at most {args.max_length:,} tokens" if args.max_length else f"{rows:,} rows",
+        "batch": f"{rows:,} rows of at most {length:,} tokens" if length else f"{rows:,} rows",
         "learning rate": f"{args.learning_rate:g}, {card.word(args.lr_scheduler_type)}",
         "optimizer": card.word(args.optim),
         "loss": card.loss_in_words(vars(args)),
@@ -138,7 +140,7 @@ class PublishingTrainer(Trainer):
     a stock Trainer would push its folder as it is, the training arguments with the token in them among the rest.
     """
 
-    args: DistillationConfig
+    args: DistillationConfig | Seq2SeqDistillationConfig
     teacher_name: str = ""
     teacher_fingerprint: str | None = None
     _branch: str | None = None

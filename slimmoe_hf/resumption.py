@@ -292,8 +292,19 @@ class ResumableTrainer(Trainer):
         # decide the noise of the first steps.
         if folder is not None:
             require_same_settings(folder, self.run_settings())
+        self._forget_evaluation()
         set_seed(self.args.seed)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def _forget_evaluation(self) -> None:
+        """Have several processes train together after an `evaluate` that came first.
+
+        It marks the bare model as prepared, for evaluation; `Accelerator.prepare` then leaves it without DDP, and each
+        process would train a model of its own.
+        """
+        replicated = self.accelerator.use_distributed and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if replicated and vars(self.model).pop("_is_accelerate_prepared", False):
+            self.accelerator._models.clear()
 
     def run_settings(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by a name that a message can use.

@@ -20,6 +20,7 @@ from slimmoe_hf.row_losses import TopK
 
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # cohere, muse, falcon_h1
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # gemma, recurrent_gemma
+_BIAS = "final_logits_bias"  # a buffer, added to the head's product: bart, marian
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Head:
         A sharded head (FSDP2) is gathered: in the forward pass of the model it is whole already.
 
         Args:
-            model: A causal language model, without a PEFT wrapper around it.
+            model: A language model, without a PEFT wrapper around it.
 
         Raises:
             ValueError: The head is no plain linear layer, so its logits can only come from the model itself.
@@ -62,7 +63,10 @@ class Head:
             scale *= 1.0 if config.get(key) is None else config[key]
         if config.get("logits_scaling") is not None:
             scale *= config["logits_scaling"] ** (1 if config["model_type"] == "hyperclovax" else -1)
-        return cls(_whole(module.weight), _whole(module.bias), scale, softcap)
+        bias_V, added_1V = _whole(module.bias), dict(model.named_buffers(recurse=False)).get(_BIAS)
+        if added_1V is not None:
+            bias_V = added_1V[0] if bias_V is None else bias_V + added_1V[0]
+        return cls(_whole(module.weight), bias_V, scale, softcap)
 
 
 class TeacherStates(NamedTuple):

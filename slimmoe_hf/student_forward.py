@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -25,7 +26,7 @@ from slimmoe_hf.fused import FusedLosses, fused_distillation_loss
 from slimmoe_hf.logit_losses import apply_head, losses_of_logits
 from slimmoe_hf.losses import IGNORED, DistillationLoss
 from slimmoe_hf.signals import Head, Teacher
-from slimmoe_hf.terms import Seen, Terms
+from slimmoe_hf.terms import Seen, Terms, at_predictions
 
 
 @dataclass
@@ -38,6 +39,7 @@ class DistillationOutput(ModelOutput):
         router_kl_N, hidden_mse_N: The terms, where they were asked for; without gradient.
         logits: `[B, T, V]`, where they were asked for or could not be avoided.
         router_logits: One `[B * T, E]` per layer, where the model was asked for them.
+        encoder_router_logits, decoder_router_logits: Of an encoder-decoder likewise, `[B, T, E]`.
     """
 
     loss: Tensor | None = None
@@ -46,6 +48,11 @@ class DistillationOutput(ModelOutput):
     hidden_mse_N: Tensor | None = None
     logits: Tensor | None = None
     router_logits: Any = None
+    encoder_router_logits: Any = None
+    decoder_router_logits: Any = None
+
+
+_ROUTING = ("router_logits", "encoder_router_logits", "decoder_router_logits")
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Distillation:
         weight: What each prediction counts in the sum, a scalar.
         terms: The terms on routers and layers.
         logits: Whether all logits are made: they are wanted, or the head is none that can be fused.
+        ahead: As `predicted` takes it.
     """
 
     labels_BT: Tensor
@@ -71,6 +79,7 @@ class Distillation:
     weight: Tensor
     terms: Terms
     logits: bool = False
+    ahead: int = 1
 
     def run(self, model: Any, plain: Callable[..., Any], inputs: dict[str, Any]) -> DistillationOutput:
         """Forward and loss.
@@ -80,20 +89,17 @@ class Distillation:
             plain: Its own forward.
             inputs: For it.
         """
-        counts_BT = predicted(self.labels_BT)
-        labels_N = self.labels_BT[:, 1:][counts_BT]
+        counts_BT = predicted(self.labels_BT, self.ahead)
+        labels_N = self.labels_BT[:, self.ahead :][counts_BT]
         distillation, crossentropy = self.weights
         with self.terms.watching(model) as seen:
             if self.logits:
                 outputs = plain(**inputs)
-                values = losses_of_logits(
-                    outputs.logits[:, :-1][counts_BT], self.teacher, labels_N, self.loss, self.weights, self.weight
-                )
+                logits_NV = at_predictions(outputs.logits, counts_BT)
+                values = losses_of_logits(logits_NV, self.teacher, labels_N, self.loss, self.weights, self.weight)
             else:
-                # Backbone and head are looked up at each call: PEFT and FSDP replace them.
-                outputs = model.base_model(**{name: value for name, value in inputs.items() if name != "labels"})
-                hidden_ND = outputs.last_hidden_state[:, :-1][counts_BT.to(outputs.last_hidden_state.device)]
-                head = Head.of(model)
+                outputs, hidden_BTD = _backbone(model, plain, inputs)
+                hidden_ND, head = at_predictions(hidden_BTD, counts_BT), Head.of(model)
                 values = fused_distillation_loss(
                     hidden_ND.to(head.weight_VD.device), head, self.teacher, labels_N, self.loss,
                     distillation_weight=distillation, crossentropy_weight=crossentropy, weight_N=self.weight,
@@ -102,23 +108,29 @@ class Distillation:
         for name, weight, value_N in self.terms.values(seen.at(counts_BT), self.taught):
             loss = loss + weight * (value_N * self.weight).sum().to(loss.device)
             found[name] = value_N.detach()
-        router_logits = outputs.get("router_logits")
         return DistillationOutput(
             loss=loss, losses=values._replace(loss=loss.detach()), router_kl_N=found.get("router_kl"),
-            hidden_mse_N=found.get("hidden_mse"), logits=outputs.logits if self.logits else None, router_logits=router_logits,
+            hidden_mse_N=found.get("hidden_mse"), logits=outputs.logits if self.logits else None,
+            **{name: outputs.get(name) for name in _ROUTING},
         )  # fmt: skip
 
 
-def predicted(labels_BT: Tensor) -> Tensor:
-    """Where the next token is trained on: `[B, T - 1]`."""
-    return labels_BT[:, 1:] != IGNORED
+def predicted(labels_BT: Tensor, ahead: int = 1) -> Tensor:
+    """Which positions' prediction is trained on: `[B, T - ahead]`.
+
+    Args:
+        labels_BT: As the data has them.
+        ahead: How far ahead of a position its label stands: 1 in a causal language model, 0 in an encoder-decoder, whose
+            decoder is given the labels shifted.
+    """
+    return labels_BT[:, ahead:] != IGNORED
 
 
 def add_distilling_head(model: PreTrainedModel) -> None:
     """Let a model's forward take `distil`, a `Distillation`; in place, on the instance.
 
     Args:
-        model: A causal language model, without a PEFT wrapper around it.
+        model: A language model, without a PEFT wrapper around it.
     """
     plain = model.forward
 
@@ -129,8 +141,48 @@ def add_distilling_head(model: PreTrainedModel) -> None:
     vars(model)["forward"] = types.MethodType(forward, model)
 
 
+def _backbone(model: Any, plain: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """A forward pass that makes no logits but perhaps the last ones, and the last hidden states."""
+    if not model.config.is_encoder_decoder:
+        # Backbone and head are looked up at each call: PEFT and FSDP replace them.
+        outputs = model.base_model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return outputs, outputs.last_hidden_state
+    with last_hidden_states(model) as seen:
+        outputs = plain(**inputs)
+    return outputs, seen[0]
+
+
+@contextmanager
+def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect `[B, T, D]` of every forward pass within the block.
+
+    An encoder-decoder may have no backbone apart, and T5's kin scale its output: there they are what the head is given,
+    and the model makes the logits of the last position only.
+
+    Args:
+        model: A language model, without a PEFT wrapper around it.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        seen.append(inputs[0])
+        return inputs[0][:, -1:]
+
+    if model.config.is_encoder_decoder:
+        head: Any = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(keep)
+    else:
+        hook = model.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def keeps_logits_apart(model: PreTrainedModel) -> bool:
     """Whether a model can be asked for its last logits only."""
+    if model.config.is_encoder_decoder:
+        return isinstance(model.get_output_embeddings(), nn.Module)
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
@@ -141,7 +193,7 @@ def cannot_be_fused(model: PreTrainedModel) -> str:
     A few tokens are put through it; where its weights are not there yet, it is taken at its word.
 
     Args:
-        model: A causal language model, without a PEFT wrapper around it.
+        model: A language model, without a PEFT wrapper around it.
     """
     try:
         head = Head.of(model)
@@ -150,17 +202,15 @@ def cannot_be_fused(model: PreTrainedModel) -> str:
     if any(weight.is_meta or not weight.numel() for weight in model.parameters()):
         return ""
     was_training = model.training
-    seen: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state))
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     try:
-        ids = torch.arange(4, device=model.device).unsqueeze(0)
-        logits = model.eval()(input_ids=ids, use_cache=False).logits
+        with last_hidden_states(model) as seen:
+            logits = model.eval()(**inputs, use_cache=False).logits
     finally:
-        hook.remove()
         model.train(was_training)
-    return (
-        "" if same_logits(logits, apply_head(head, seen[0].to(logits.device))) else "its logits are more than its head"
-    )
+    made = apply_head(head, seen[0][:, -logits.shape[1] :].to(logits.device))
+    return "" if same_logits(logits, made) else "its logits are more than its head"
 
 
 def same_logits(ours: Tensor, theirs: Tensor) -> bool:

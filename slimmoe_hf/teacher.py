@@ -20,17 +20,23 @@ from accelerate.utils.modeling import align_module_device
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import is_fsdp_enabled
 
 from slimmoe_hf.cache_format import base_vocabulary
 from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.identity import model_fingerprint
+from slimmoe_hf.identity import model_fingerprint, row_fingerprint
 from slimmoe_hf.logit_losses import apply_head
 from slimmoe_hf.losses import shared_vocabulary
 from slimmoe_hf.signals import Head, Teacher, TeacherLogits, TeacherStates
-from slimmoe_hf.student_forward import keeps_logits_apart, same_logits
-from slimmoe_hf.terms import Seen, Terms
+from slimmoe_hf.student_forward import keeps_logits_apart, last_hidden_states, same_logits
+from slimmoe_hf.terms import Seen, Terms, at_predictions
 
 logger = logging.getLogger(__name__)
 _STAYS_EMPTY = (
@@ -64,7 +70,7 @@ class TeacherSource(Protocol):
 
         Args:
             inputs: A batch without labels.
-            counts_BT: `[B, T - 1]`, where the next token is predicted.
+            counts_BT: Which predictions count, as `student_forward.predicted` says.
             terms: Those of the loss.
 
         Returns:
@@ -109,6 +115,7 @@ class LiveTeacher:
         device: torch.device,
         init_kwargs: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        encoder_decoder: bool = False,
     ) -> LiveTeacher:
         """Take a model as it is, or load one.
 
@@ -119,6 +126,7 @@ class LiveTeacher:
             init_kwargs: For `from_pretrained`. A `device_map` spreads the teacher as it says, and it stays there:
                 `offloaded` makes one that leaves most of it in host memory.
             trust_remote_code: Whether code that comes with the checkpoint may run.
+            encoder_decoder: Whether to load an encoder-decoder.
 
         Raises:
             OSError: There is no such model.
@@ -130,7 +138,8 @@ class LiveTeacher:
         if kwargs.get("device_map") is not None and is_fsdp_enabled():
             raise ValueError(_STAYS_EMPTY)
         kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
-        model = AutoModelForCausalLM.from_pretrained(str(source), **kwargs)
+        kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(str(source), **kwargs)
         return cls(model, _saved_tokenizer(str(source), kwargs))
 
     def check_vocabulary(self, student_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -183,14 +192,16 @@ class LiveTeacher:
             self.model.to(device)
 
     def identity(self) -> str:
-        """The fingerprint of its weights, or where none can be taken its name."""
-        return self.fingerprint() or self.name
+        """A fingerprint of its weights, or where none can be taken its name."""
+        return self.fingerprint() or (row_fingerprint(self.model) if self._whole() else self.name)
 
     def fingerprint(self) -> str | None:
         """None where some weights are elsewhere (offloaded, or sharded as they are after `place` under FSDP2)."""
-        weights = list(self.model.parameters())
-        whole = not any(weight.is_meta or isinstance(weight, DTensor) for weight in weights)
-        return model_fingerprint(self.model) if whole and self.model.config.model_type in FAMILIES else None
+        known = self.model.config.model_type in FAMILIES
+        return model_fingerprint(self.model) if known and self._whole() else None
+
+    def _whole(self) -> bool:
+        return not any(weight.is_meta or isinstance(weight, DTensor) for weight in self.model.parameters())
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -212,23 +223,20 @@ class LiveTeacher:
         with terms.watching(self.model) as seen:
             hidden_BTU = self._hidden_states(inputs) if self._head_apart is not False else None
             if hidden_BTU is not None:
-                hidden_NU = hidden_BTU[:, :-1][counts_BT.to(hidden_BTU.device)].to(device)
+                hidden_NU = at_predictions(hidden_BTU, counts_BT).to(device)
                 return TeacherStates(hidden_NU, self._head(device)), seen.at(counts_BT)
             for kept in (seen.router_logits, seen.hidden_states):
                 kept.clear()
-            return TeacherLogits(self.logits(inputs)[:, :-1][counts_BT]), seen.at(counts_BT)
+            return TeacherLogits(at_predictions(self.logits(inputs), counts_BT)), seen.at(counts_BT)
 
     def _hidden_states(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The last ones, `[B, T, U]`; None where the first batch shows that the logits are not made of them alone.
 
         The whole model is called, as hooks of FSDP2 and accelerate want it, with the logits of the last token only.
         """
-        seen: list[Tensor] = []
-        hook = self.model.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state))
-        try:
-            logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits
-        finally:
-            hook.remove()
+        last_only = {} if self.model.config.is_encoder_decoder else {"logits_to_keep": 1}
+        with last_hidden_states(self.model) as seen:
+            logits = self.model(**inputs, use_cache=False, **last_only).logits
         if self._head_apart is None:
             try:
                 made = apply_head(self._head(logits.device), seen[0][:, -1:].to(logits.device))

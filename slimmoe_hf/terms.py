@@ -33,11 +33,10 @@ class Seen:
     hidden_states: list[Tensor]
 
     def at(self, counts_BT: Tensor) -> Seen:
-        """Of the predictions that count only; `counts_BT` is `[B, T - 1]`."""
-        rows, ahead = counts_BT.shape
+        """Of the predictions that count only; `counts_BT` as `at_predictions` takes it."""
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor.reshape(rows, ahead + 1, -1)[:, :-1][counts_BT.to(tensor.device)]
+            return at_predictions(tensor.reshape(len(counts_BT), -1, tensor.shape[-1]), counts_BT)
 
         return Seen([pick(one) for one in self.router_logits], [pick(one) for one in self.hidden_states])
 
@@ -112,6 +111,16 @@ class Terms:
                     f"{name}={weight} compares layer by layer, and student and teacher differ in {', '.join(differing)}. "
                     "Set it to 0."
                 )
+
+
+def at_predictions(values: Tensor, counts_BT: Tensor) -> Tensor:
+    """`[N, ...]` of `[B, T, ...]`: the values at the positions whose prediction counts.
+
+    Args:
+        values: One per position.
+        counts_BT: Which predictions count: `[B, T]`, or `[B, T - 1]` where the last position predicts nothing.
+    """
+    return values[:, : counts_BT.shape[1]][counts_BT.to(values.device)]
 
 
 def router_kl(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from slimmoe_hf.losses import IGNORED
 
 
 class TokenSums:
@@ -40,3 +46,42 @@ class TokenSums:
         tokens, micro_batches = sums.pop("tokens"), sums.pop("micro_batches", 0)
         counts = {name: micro_batches if name == "aux_loss" else tokens for name in sums}
         return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}, round(tokens)
+
+
+class TokenEvaluation(Trainer):
+    """A `Trainer` that evaluates by means over the tokens of the whole set, instead of a mean of batch means.
+
+    `prediction_step` adds each batch to `_eval_sums`.
+    """
+
+    _tokens_metric = "num_tokens"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments as those of the `Trainer`."""
+        self._eval_sums = TokenSums()
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop, with means over tokens; also reports how many they are."""
+        self._eval_sums.clear()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        means, tokens = self._eval_sums.means(self.accelerator)
+        own = {f"{metric_key_prefix}_{name}": value for name, value in {**means, self._tokens_metric: tokens}.items()}
+        return output._replace(metrics={**(output.metrics or {}), **own})
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mask the rows that only fill up the last batch of several processes, as `gather_for_metrics` drops them."""
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        row = self.accelerator.process_index * len(labels) + torch.arange(len(labels), device=labels.device)
+        return {**inputs, "labels": labels.masked_fill((row >= state.remainder).unsqueeze(-1), IGNORED)}

@@ -17,6 +17,7 @@ LEAVES = {
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
+    "distilling", "seq2seq",
 }  # fmt: skip
 JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
@@ -69,8 +70,8 @@ def test_leaves_import_only_leaves():
 def test_the_public_names():
     assert slimmoe_hf.__all__ == [
         "CRITERIA", "FAMILIES", "CompressionPlan", "DistillationConfig", "DistillationTrainer", "ExpertStats",
-        "SlimmingCallback", "Target", "apply_plan", "collect_stats", "lora_config", "make_plan", "run_recipe",
-        "slim_checkpoint",
+        "Seq2SeqDistillationConfig", "Seq2SeqDistillationTrainer", "SlimmingCallback", "Target", "apply_plan",
+        "collect_stats", "lora_config", "make_plan", "run_recipe", "slim_checkpoint",
     ]  # fmt: skip
     for name in slimmoe_hf.__all__:
         assert getattr(slimmoe_hf, name).__doc__ or name.isupper(), f"{name} has no docstring"

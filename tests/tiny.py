@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 FAMILY_NAMES = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
 VOCAB_SIZE = 320
@@ -44,6 +50,37 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+    return model
+
+
+SEQ2SEQ_NAMES = ("switch_transformers", "t5", "bart")
+_T5_SHAPE = {
+    "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": HEADS,
+    "dropout_rate": 0.0, "decoder_start_token_id": 1,
+}  # fmt: skip
+_SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "switch_transformers": {
+        **_T5_SHAPE, "num_experts": NUM_EXPERTS, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        "router_jitter_noise": 0.0,
+    },
+    "t5": {**_T5_SHAPE, "tie_word_embeddings": False},
+    "bart": {
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
+        "dropout": 0.0, "decoder_start_token_id": 0, "forced_eos_token_id": None, "init_std": 0.3,
+    },
+}  # fmt: skip
+
+
+def tiny_seq2seq(family: str = "switch_transformers", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A randomly initialised encoder-decoder, float32 and in eval mode; without noise in training unless `overrides` say so."""
+    torch.manual_seed(seed)
+    ids = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    config = AutoConfig.for_model(family, **{**ids, **_SEQ2SEQ[family], **overrides})
+    model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
+    for name, buffer in model.named_buffers(recurse=False):
+        if name == "final_logits_bias":  # zeros by default, learned in Marian
+            buffer.normal_()
     return model
 
 
