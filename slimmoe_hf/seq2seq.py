@@ -116,6 +116,10 @@ class Seq2SeqDistillationTrainer(DistillingTrainer, Seq2SeqTrainer):
         self.aux_loss_enabled = self.router_aux_loss_coef > 0
         loss = args.divergence()
         self._settle(config, loss, Terms())
+        if teacher_model is None and not adapters:
+            raise ValueError(
+                "there is no teacher: give teacher_model. Only a PeftModel may do without, and learn from its base."
+            )
         refuse_decoder_only_teacher(teacher_model, args)
         teacher = open_teacher(model, teacher_model, args, loss, bool(adapters))
         student = _loaded(model, args)

@@ -390,7 +390,7 @@ def one_model() -> dict[str, Any]:
 REFUSALS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "decoder-only student": (lambda: {"student": tiny_model("mixtral")}, "'mixtral' is no encoder-decoder: distil it with D"),
     "decoder-only teacher": (lambda: {"teacher_model": tiny_model("mixtral")}, "the teacher is a mixtral, and an encoder-dec"),
-    "no teacher": (lambda: {"teacher_model": None}, "there is no teacher"),
+    "no teacher": (lambda: {"teacher_model": None}, "there is no teacher: give teacher_model. Only a PeftModel"),
     "shared weights": (one_model, "teacher_model shares its weights with model"),
     "vocabulary": (
         lambda: {"teacher_model": tiny_seq2seq(vocab_size=256)},
