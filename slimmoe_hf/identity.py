@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.disk import Part, read_part
 from slimmoe_hf.families import family_of, layer_views, shape_of
+from slimmoe_hf.sharding import whole
 
 
 @torch.no_grad()
@@ -32,20 +33,20 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Rounded to bfloat16, so that the dtype in which a model was loaded does not matter.
 
     Args:
-        model: On real devices.
+        model: On real devices; of one that ZeRO-3 took apart a weight at a time is gathered, by all processes together.
     """
     family, width = family_of(model.config), shape_of(model.config).expert_width
     samples = {}
     for view in layer_views(model):
         prefix, attention = f"{family.layers}.{view.index}", view.attention
         query: Any = attention.q_proj
-        samples[f"{prefix}.{family.attention}.q_proj.weight"] = query.weight[:1]
+        samples[f"{prefix}.{family.attention}.q_proj.weight"] = whole(query.weight)[:1]
         if view.experts is None or view.router is None:
             continue
         weights: dict[str, Tensor] = dict(view.experts.named_parameters())
-        up, down = weights[family.layout.gate_up], weights[family.layout.down]
+        up, down = whole(weights[family.layout.gate_up]), whole(weights[family.layout.down])
         router: Any = view.router
-        samples[f"{prefix}.{family.disk.router}"] = router.weight
+        samples[f"{prefix}.{family.disk.router}"] = whole(router.weight)
         for expert in range(up.shape[0]):
             samples[f"{prefix}.{family.disk.gate.format(expert)}"] = up[expert, :1]
             samples[f"{prefix}.{family.disk.up.format(expert)}"] = up[expert, width : width + 1]

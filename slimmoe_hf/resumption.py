@@ -247,15 +247,16 @@ def states_as_saved(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             hook.remove()
 
 
-def _require_same_sharding(folder: Path, fsdp: bool) -> None:
-    """Under FSDP weights and optimizer have files of their own; the Trainer passes over missing ones in silence."""
-    written_so = any(path.name.startswith(FSDP_MODEL_NAME) for path in folder.iterdir())
-    if written_so != fsdp:
-        was, is_ = ("under", "is not") if written_so else ("without", "is")
-        raise ValueError(
-            f"{folder} cannot be resumed from: it was written {was} FSDP, and this run {is_} under FSDP. Continue as it "
-            "began, or start over in another output_dir."
-        )
+def _require_same_sharding(folder: Path, fsdp: bool, deepspeed: bool) -> None:
+    """Sharded weights and optimizers have files of their own; the Trainer passes over missing ones in silence."""
+    for name, start, here in (("FSDP", FSDP_MODEL_NAME, fsdp), ("DeepSpeed", "global_step", deepspeed)):
+        written_so = any(path.name.startswith(start) for path in folder.iterdir())
+        if written_so != here:
+            was, is_ = ("under", "is not") if written_so else ("without", "is")
+            raise ValueError(
+                f"{folder} cannot be resumed from: it was written {was} {name}, and this run {is_} under {name}. Continue "
+                "as it began, or start over in another output_dir."
+            )
 
 
 class ResumableTrainer(Trainer):
@@ -264,7 +265,7 @@ class ResumableTrainer(Trainer):
     Checkpoints carry a mark that is written last; `train(resume_from_checkpoint=True)` takes the last complete one,
     and a named one must be complete. Every weight comes back, on resume and with `load_best_model_at_end`; so does the
     optimizer's state, in the dtype that it had. PEFT adapters, FSDP and DeepSpeed load their weights the stock way,
-    which under FSDP is strict; there a checkpoint must have been written under FSDP too, and elsewhere without. Settings
+    strictly under FSDP; a checkpoint must have been written under the same of them, and elsewhere without. Settings
     without which it would be another run (`run_settings`) are noted in a checkpoint, and compared.
     """
 
@@ -292,6 +293,7 @@ class ResumableTrainer(Trainer):
         # decide the noise of the first steps.
         if folder is not None:
             require_same_settings(folder, self.run_settings())
+            _require_same_sharding(folder, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         self._forget_evaluation()
         set_seed(self.args.seed)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
@@ -332,7 +334,6 @@ class ResumableTrainer(Trainer):
             _rotate(output_dir, limit, {folder.resolve()} | ({Path(best).resolve()} if best else set()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _require_same_sharding(Path(resume_from_checkpoint), self.is_fsdp_enabled)
         target = self._model_to_fill(model)
         if target is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -340,10 +341,10 @@ class ResumableTrainer(Trainer):
             load_weights(target, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not isinstance(self.optimizer, torch.optim.Optimizer):
+        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        if checkpoint is None or not isinstance(inner, torch.optim.Optimizer):  # DeepSpeed's is none, and loads itself
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        inner = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
         with states_as_saved(inner):
             super()._load_optimizer_and_scheduler(checkpoint)
 

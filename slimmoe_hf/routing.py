@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
-from slimmoe_hf.families import moe_layers
+from slimmoe_hf.families import moe_layers, shape_of
 
 logger = logging.getLogger(__name__)
 COLLAPSED = 0.1
@@ -35,7 +35,7 @@ class RouterLoad:
         found = moe_layers(model)
         self.layers = [index for index, _, _ in found]
         self.routers: list[Any] = [router for _, _, router in found]
-        self._experts = [int(router.weight.shape[0]) for router in self.routers]
+        self._experts = shape_of(model.config).num_experts  # a router's weight may be in parts
         self._counts: list[Tensor | None] = [None] * len(found)
 
     @contextmanager
@@ -51,8 +51,8 @@ class RouterLoad:
     def counts(self) -> Tensor:
         """Choices so far, `[L, E]`, int64; on the device of the first router that was called."""
         device = next((counts.device for counts in self._counts if counts is not None), torch.device("cpu"))
-        zeros = [torch.zeros(experts, dtype=torch.int64) for experts in self._experts]
-        rows = [zero if counts is None else counts for counts, zero in zip(self._counts, zeros, strict=True)]
+        zero_E = torch.zeros(self._experts, dtype=torch.int64)
+        rows = [zero_E if counts is None else counts for counts in self._counts]
         return torch.stack([row.to(device) for row in rows])
 
     def clear(self) -> None:
@@ -64,9 +64,7 @@ class RouterLoad:
             chosen = outputs[2].detach().flatten()
             counts = self._counts[number]
             if counts is None:
-                counts = self._counts[number] = torch.zeros(
-                    self._experts[number], device=chosen.device, dtype=torch.int64
-                )
+                counts = self._counts[number] = torch.zeros(self._experts, device=chosen.device, dtype=torch.int64)
             counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))  # bincount would wait for the GPU
 
         return count

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slimmoe_hf.cache_format import normalised
 from slimmoe_hf.losses import DistillationLoss
 from slimmoe_hf.row_losses import TopK
+from slimmoe_hf.sharding import whole
 
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # cohere, muse, falcon_h1
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # gemma, recurrent_gemma
@@ -43,7 +43,7 @@ class Head:
     def of(cls, model: PreTrainedModel) -> Head:
         """The output head of a model, for the hidden states that its head module takes.
 
-        A sharded head (FSDP2) is gathered: in the forward pass of the model it is whole already.
+        A sharded head (FSDP2, ZeRO-3) is gathered: in the forward pass of the model it is whole already.
 
         Args:
             model: A language model, without a PEFT wrapper around it.
@@ -63,10 +63,10 @@ class Head:
             scale *= 1.0 if config.get(key) is None else config[key]
         if config.get("logits_scaling") is not None:
             scale *= config["logits_scaling"] ** (1 if config["model_type"] == "hyperclovax" else -1)
-        bias_V, added_1V = _whole(module.bias), dict(model.named_buffers(recurse=False)).get(_BIAS)
+        bias_V, added_1V = whole(module.bias), dict(model.named_buffers(recurse=False)).get(_BIAS)
         if added_1V is not None:
             bias_V = added_1V[0] if bias_V is None else bias_V + added_1V[0]
-        return cls(_whole(module.weight), bias_V, scale, softcap)
+        return cls(whole(module.weight), bias_V, scale, softcap)
 
 
 class TeacherStates(NamedTuple):
@@ -189,10 +189,6 @@ def check_signals(tokens: int, vocabulary: int, teacher: Teacher, labels_N: Tens
             f"this teacher cache answers over {teacher.vocab_size} ids and the student has {vocabulary}. Write the cache "
             f"for {vocabulary}."
         )
-
-
-def _whole(parameter: Tensor | None) -> Any:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _cut(log_probs_RK: Tensor, log_tail_R: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_fsdp_enabled
+from trl.models import prepare_deepspeed
 
 from slimmoe_hf.cache_format import base_vocabulary
 from slimmoe_hf.families import FAMILIES
@@ -98,6 +99,7 @@ class LiveTeacher:
             frozen: False leaves all that to the caller.
         """
         self.model: Any = model
+        self._called: Any = model  # DeepSpeed's engine around it, where there is one
         if frozen:
             model.eval().requires_grad_(False)
         places = set((vars(model).get("hf_device_map") or {}).values())
@@ -168,8 +170,8 @@ class LiveTeacher:
     def place(self, accelerator: Accelerator) -> None:
         """Bring the teacher to where it will compute.
 
-        A teacher with a device map stays where that put it. Under FSDP2 each process holds its share, gathered layer by
-        layer at every forward. Otherwise every process holds a whole one.
+        A teacher with a device map stays where that put it. Under FSDP2 and ZeRO-3 each process holds its share,
+        gathered layer by layer at every forward. Otherwise every process holds a whole one.
 
         Args:
             accelerator: The student's.
@@ -180,7 +182,9 @@ class LiveTeacher:
         plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
         if accelerator.is_fsdp2 and not self._dispatched:
             # `prepare_model(..., evaluation_mode=True)` leaves a model of FSDP2 as it is.
-            self.model = fsdp2_prepare_model(accelerator, self.model)
+            self.model = self._called = fsdp2_prepare_model(accelerator, self.model)
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+            self._called = prepare_deepspeed(self.model, accelerator)  # hooks on the model, with a trace of its own
         elif plugin is not None and plugin.cpu_ram_efficient_loading:
             raise ValueError(_STAYS_EMPTY)
         else:
@@ -214,7 +218,7 @@ class LiveTeacher:
             `[B, T, V]`, on the device of `input_ids`.
         """
         device = inputs["input_ids"].device
-        return self.model(**inputs, use_cache=False).logits.to(device)
+        return self._called(**inputs, use_cache=False).logits.to(device)
 
     @torch.no_grad()
     def answers(self, inputs: Mapping[str, Any], counts_BT: Tensor, terms: Terms) -> tuple[Teacher, Seen]:
@@ -236,7 +240,7 @@ class LiveTeacher:
         """
         last_only = {} if self.model.config.is_encoder_decoder else {"logits_to_keep": 1}
         with last_hidden_states(self.model) as seen:
-            logits = self.model(**inputs, use_cache=False, **last_only).logits
+            logits = self._called(**inputs, use_cache=False, **last_only).logits
         if self._head_apart is None:
             try:
                 made = apply_head(self._head(logits.device), seen[0][:, -1:].to(logits.device))
