@@ -158,7 +158,7 @@ class DistillationConfig(DistillationArguments, SFTConfig):
             self.bf16 = is_torch_bf16_gpu_available() and not self.use_cpu
         super().__post_init__()
         self.check_loss()
-        self._check_terms()
+        self.check_terms()
         if self.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.loss_type!r} has no meaning here: distillation_weight and crossentropy_weight choose "
@@ -166,7 +166,12 @@ class DistillationConfig(DistillationArguments, SFTConfig):
             )
         refuse_replaced(self)
 
-    def _check_terms(self) -> None:
+    def check_terms(self) -> None:
+        """Whether the terms on routers and layers can be had with the other settings.
+
+        Raises:
+            ValueError: They cannot.
+        """
         for name in ("router_logits_weight", "hidden_states_weight"):
             weight = vars(self)[name]
             if weight and (self.teacher_logits_path is not None or self.precompute_teacher_logits):
@@ -176,8 +181,8 @@ class DistillationConfig(DistillationArguments, SFTConfig):
                 )
             if weight and as_dict(self.gradient_checkpointing_kwargs).get("use_reentrant"):
                 raise ValueError(
-                    f"{name}={weight} gets no gradient under reentrant gradient checkpointing. Leave use_reentrant out of "
-                    "gradient_checkpointing_kwargs."
+                    f"{name}={weight} gets no gradient under reentrant gradient checkpointing, which adapters under ZeRO-3 "
+                    "come with. Leave use_reentrant out of gradient_checkpointing_kwargs, or set gradient_checkpointing=False."
                 )
 
 

@@ -180,10 +180,11 @@ class LiveTeacher:
             ValueError: A process but the first may have loaded no weights, and nothing would bring them.
         """
         plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+        deepspeed = accelerator.state.deepspeed_plugin
         if accelerator.is_fsdp2 and not self._dispatched:
             # `prepare_model(..., evaluation_mode=True)` leaves a model of FSDP2 as it is.
             self.model = self._called = fsdp2_prepare_model(accelerator, self.model)
-        elif accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        elif deepspeed is not None and deepspeed.zero_stage == 3:
             self._called = prepare_deepspeed(self.model, accelerator)  # hooks on the model, with a trace of its own
         elif plugin is not None and plugin.cpu_ram_efficient_loading:
             raise ValueError(_STAYS_EMPTY)

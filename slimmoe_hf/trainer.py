@@ -111,6 +111,7 @@ class DistillationTrainer(DistillingTrainer, SFTTrainer):
             teacher.check_vocabulary(config.vocab_size, tokenizer)
         student = str(model) if isinstance(model, Path) else model
         super().__init__(student, args, processing_class=tokenizer, peft_config=peft_config, **sft_arguments)
+        args.check_terms()  # once more: `SFTTrainer` makes checkpointing reentrant for adapters under ZeRO-3
         self._prepare_student()
         self._prepare_teacher(teacher, tokenizer)
 

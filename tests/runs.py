@@ -16,6 +16,7 @@ from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.trainer import DistillationTrainer
 
 
@@ -58,6 +59,14 @@ def trainer_for(
     return DistillationTrainer(
         student or tiny_model(family), teacher, settings(folder, **overrides), processing_class=tiny_tokenizer(), **own
     )
+
+
+def cached(folder: Path, rows: Any = None, family: str = "mixtral", **settings: Any) -> str:
+    """A cache of the answers of the teacher of `trainer_for`, every token of the vocabulary kept."""
+    settings = {"top_k": VOCAB_SIZE, **settings}
+    teacher = tiny_model(family, seed=1)
+    write_cache(teacher, unequal_rows() if rows is None else rows, folder, tokenizer=tiny_tokenizer(), **settings)
+    return str(folder)
 
 
 TRAINER_KEYWORDS = (

@@ -15,11 +15,10 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from runs import in_two_processes, trainer_for, unequal_rows
+from runs import cached, in_two_processes, trainer_for, unequal_rows
 from tiny import VOCAB_SIZE, documents, save_tiny, tiny_model, tiny_tokenizer
 
 from slimmoe_hf.cache import TeacherCache
-from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cached_teacher import CachedTeacher
 from slimmoe_hf.pipeline import distil
 from slimmoe_hf.preflight import training_arguments
@@ -31,14 +30,6 @@ KEYS = ("loss", "grad_norm", "kl", "ce", "top1_agreement", "entropy", "num_token
 def logs(trainer: DistillationTrainer) -> list[dict[str, float]]:
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def cached(folder: Path, rows: Any = None, family: str = "mixtral", **settings: Any) -> str:
-    """A cache of the teacher of `trainer_for`, with every answer whole."""
-    settings = {"top_k": VOCAB_SIZE, **settings}
-    teacher = tiny_model(family, seed=1)
-    write_cache(teacher, unequal_rows() if rows is None else rows, folder, tokenizer=tiny_tokenizer(), **settings)
-    return str(folder)
 
 
 def assert_same_course(

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.training_args
 import yaml
-from peft import LoraConfig
-from runs import in_two_processes, trainer_for, unequal_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs import cached, in_two_processes, trainer_for, unequal_rows
 from tiny import FAMILY_NAMES, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -31,7 +32,7 @@ def use_zero3(folder: Path, loaded_in_parts: bool = False) -> dict[str, Any]:
     settings = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": ours["gradient_accumulation_steps"],
-        "gradient_clipping": ours["gradient_clipping"],
+        "gradient_clipping": ours["gradient_clipping"], "bf16": {"enabled": "auto"},
         "zero_optimization": {
             "stage": ours["zero_stage"], "stage3_gather_16bit_weights_on_model_save": ours["zero3_save_16bit_model"],
             "stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0,
@@ -127,24 +128,21 @@ def train_and_tell_the_teacher(folder: Path, arguments: dict[str, Any]) -> None:
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps([shares, logs_of(trainer)]))
 
 
+@pytest.mark.parametrize("way", ["2 x 2", "4 x 1, checkpointing"])
 @pytest.mark.parametrize("teacher", ["another model", "its own base"])
-def test_adapters_are_taught_the_same_in_parts(teacher: str, tmp_path: Path) -> None:
+def test_adapters_are_taught_the_same_in_parts(teacher: str, way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    from peft import get_peft_model
-
     get_peft_model(tiny_model("mixtral"), adapter).save_pretrained(tmp_path / "adapter")
     arguments = {"own_base": True} if teacher == "its own base" else {}
     single = trainer_for(tmp_path / "single", student=adapted(tmp_path), **arguments)
     single.train()
-    assert in_two_processes(train_adapted, tmp_path, {**arguments, **WAYS["2 x 2"]}) == [0, 0]
+    assert in_two_processes(train_adapted, tmp_path, {**arguments, **WAYS[way]}) == [0, 0]
     assert_same_course(tmp_path, logs_of(single))
     assert logs_of(single)[0]["kl"] > 1e-3
 
 
 def adapted(folder: Path) -> Any:
-    from peft import PeftModel
-
     return PeftModel.from_pretrained(tiny_model("mixtral"), folder / "adapter", is_trainable=True)
 
 
@@ -152,6 +150,19 @@ def train_adapted(folder: Path, arguments: dict[str, Any]) -> None:
     trainer = trainer_for(folder, student=adapted(folder), **use_zero3(folder), **arguments)
     trainer.train()
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps([[], logs_of(trainer)]))
+
+
+def refused(folder: Path) -> None:
+    torch.manual_seed(0)
+    student = get_peft_model(tiny_model("mixtral"), LoraConfig(r=4, target_modules=["q_proj"]))
+    arguments = {"gradient_checkpointing": True, "hidden_states_weight": 1.0}
+    with pytest.raises(ValueError, match=r"hidden_states_weight=1.0 gets no gradient .* which adapters under ZeRO-3"):
+        trainer_for(folder, student=student, **use_zero3(folder), **arguments)
+
+
+def test_terms_that_would_get_no_gradient_are_refused(tmp_path: Path) -> None:
+    """TRL makes checkpointing reentrant for adapters under ZeRO-3."""
+    assert in_two_processes(refused, tmp_path) == [0, 0]
 
 
 RUN = {
@@ -195,3 +206,61 @@ def resume_what_was_written_without(folder: Path) -> None:
 def test_checkpoint_of_one_process_is_refused_under_zero3(tmp_path: Path) -> None:
     trainer_for(tmp_path, **{**RUN, "max_steps": 2}).train()
     assert in_two_processes(resume_what_was_written_without, tmp_path) == [0, 0]
+
+
+def train_from_a_cache(folder: Path, arguments: dict[str, Any]) -> None:
+    trainer = trainer_for(folder, **use_zero3(folder), **arguments)
+    trainer.train()
+    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps([[], logs_of(trainer)]))
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+def test_cached_answers_teach_the_same_in_parts(kind: str, tmp_path: Path) -> None:
+    arguments = {"teacher_logits_path": cached(tmp_path / "cache", kind=kind)}
+    single = trainer_for(tmp_path / "single", **arguments)
+    single.train()
+    assert in_two_processes(train_from_a_cache, tmp_path, {**arguments, **WAYS["2 x 2"]}) == [0, 0]
+    assert_same_course(tmp_path, logs_of(single))
+
+
+def train_in_bfloat16(folder: Path) -> None:
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU or `use_cpu`
+    train(folder, {**WAYS["2 x 2"], "bf16": True})
+
+
+def test_bfloat16_under_zero3_agrees_within_its_rounding(tmp_path: Path) -> None:
+    single = trainer_for(tmp_path / "single")
+    single.train()
+    assert in_two_processes(train_in_bfloat16, tmp_path) == [0, 0]
+    logs = json.loads((tmp_path / "0.json").read_text())[1]
+    for one, other in zip(logs, logs_of(single), strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=0.02) and one["kl"] != other["kl"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
+
+
+def train_on_a_nan(folder: Path) -> None:
+    trainer = trainer_for(folder, **use_zero3(folder), per_device_train_batch_size=4, max_steps=4)
+    rank, answers, before = torch.distributed.get_rank(), trainer.teacher.answers, {}
+
+    def poisoned(*arguments: Any) -> Any:
+        answer, seen = answers(*arguments)
+        if trainer.state.global_step == 1:
+            before.update(
+                {name: vars(weight)["ds_tensor"].clone() for name, weight in trainer.model.named_parameters()}
+            )
+            answer = answer._replace(hidden_NU=answer.hidden_NU * (torch.nan if rank == 1 else 1.0))
+        return answer, seen
+
+    trainer.teacher.answers = poisoned
+    with pytest.raises(
+        FloatingPointError, match="step 2: the loss is not finite on another" if rank == 0 else "is nan"
+    ):
+        trainer.train()
+    assert len(before) > 10
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(vars(weight)["ds_tensor"], before[name]), name
+
+
+def test_loss_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
+    """DeepSpeed steps within the backward pass, before we can stop it; it passes over such a step itself."""
+    assert in_two_processes(train_on_a_nan, tmp_path) == [0, 0]

@@ -293,8 +293,9 @@ def test_a_teacher_that_fsdp1_leaves_empty_is_refused():
     """FSDP1 itself asks for a GPU; what is looked at of its accelerator is only this."""
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     accelerator = SimpleNamespace(
-        distributed_type=DistributedType.FSDP, is_fsdp2=False, device="cpu", state=SimpleNamespace(fsdp_plugin=plugin)
-    )
+        distributed_type=DistributedType.FSDP, is_fsdp2=False, device="cpu",
+        state=SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=None),
+    )  # fmt: skip
     teacher = LiveTeacher(tiny_model("mixtral"))
     with pytest.raises(ValueError, match="leaves the teacher of every process but the first empty"):
         teacher.place(accelerator)
