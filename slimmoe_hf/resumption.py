@@ -311,9 +311,10 @@ class ResumableTrainer(Trainer):
     def run_settings(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, by a name that a message can use.
 
-        On a CPU that is the number of threads: sums in another order end in other bits.
+        The number of processes, and on a CPU that of threads: sums in another order end in other bits.
         """
-        return {"number of threads": torch.get_num_threads()} if self.accelerator.device.type == "cpu" else {}
+        threads = {"number of threads": torch.get_num_threads()} if self.accelerator.device.type == "cpu" else {}
+        return {**threads, "number of processes": self.accelerator.num_processes}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))

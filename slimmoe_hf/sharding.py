@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 
 def is_partitioned(weight: Tensor) -> bool:
@@ -34,11 +34,15 @@ def gathered(weights: Iterable[Tensor]) -> Iterator[None]:
 def whole(weight: Any) -> Any:
     """A weight as it is, or, of one in parts, a copy of the whole; None of None.
 
-    A gathered `DTensor` carries its gradient back; a copy of what ZeRO-3 took apart does not. In the forward pass of a
-    model that ZeRO-3 or FSDP2 wraps its weights are whole already.
+    A gathered `DTensor` carries its gradient back, the mean over processes as FSDP2 has it; a copy of what ZeRO-3 took
+    apart does not: there a weight is whole already in the forward pass of its model.
     """
     if isinstance(weight, DTensor):
-        return weight.full_tensor()
+        mesh = weight.device_mesh
+        full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        if full.requires_grad:
+            full.register_hook(lambda gradient: gradient / mesh.size())
+        return full
     if weight is None or not is_partitioned(weight):
         return weight
     with gathered([weight]):

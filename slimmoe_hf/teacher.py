@@ -89,18 +89,19 @@ class LiveTeacher:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, frozen: bool = True
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, adapted: PeftModel | None = None
     ) -> None:
         """Freeze `model` and switch it to eval mode, in place; it stays on its device until `place`.
 
         Args:
             model: The teacher.
             tokenizer: Its own.
-            frozen: False leaves all that to the caller.
+            adapted: The model is what this adapter is on. It is called through it, for there FSDP2's hooks are, and what
+                is frozen and switched is the caller's affair.
         """
         self.model: Any = model
-        self._called: Any = model  # DeepSpeed's engine around it, where there is one
-        if frozen:
+        self._called: Any = model if adapted is None else adapted  # or DeepSpeed's engine around it
+        if adapted is None:
             model.eval().requires_grad_(False)
         places = set((vars(model).get("hf_device_map") or {}).values())
         self._dispatched = len(places) > 1 or "disk" in places  # accelerate's hooks bring weights and inputs together
@@ -272,7 +273,7 @@ class OwnBase:
         """Take the student; nothing of it is changed."""
         self.student = student
         base: Any = student.get_base_model()
-        self._live = LiveTeacher(base, frozen=False)
+        self._live = LiveTeacher(base, adapted=student)
         self.vocab_size, self.name = self._live.vocab_size, self._live.name
 
     def place(self, accelerator: Accelerator) -> None:

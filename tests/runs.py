@@ -37,7 +37,7 @@ def settings(folder: Path, **overrides: Any) -> DistillationConfig:
         "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
         "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "gradient_checkpointing": False, "max_length": 64,
     }  # fmt: skip
-    return DistillationConfig(output_dir=str(folder), **{**defaults, **overrides})
+    return DistillationConfig(**{"output_dir": str(folder), **defaults, **overrides})
 
 
 def trainer_for(

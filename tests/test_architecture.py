@@ -12,7 +12,7 @@ LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
     "identity", "serving", "routing", "peak", "lora", "throughput",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
-    "logit_losses", "student_forward", "terms", "yaml_files",
+    "logit_losses", "student_forward", "terms", "yaml_files", "sharding",
 }  # fmt: skip
 SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
 DISTILLING = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from runs import in_child, in_two_processes, trainer_for, unequal_rows
+from runs import cached, in_child, in_two_processes, trainer_for, unequal_rows
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, tiny_batch, tiny_model
 from torch import Tensor
@@ -458,3 +458,75 @@ def test_run_from_a_cache_resumes_exactly(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+PACKED: dict[str, Any] = {"packing": True, "packing_strategy": "bfd", "max_length": 40}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "packed": PACKED, "padding-free": {"padding_free": True, "max_length": None},
+    "own base": {"own_base": True, "learning_rate": 1e-2}, "cache of 16 tokens": {"teacher_logits_path": "top_k"},
+    "cache of hidden states, packed": {"teacher_logits_path": "hidden", **PACKED},
+}  # fmt: skip
+
+
+def run_otherwise(folder: Path, name: str, case: str, **arguments: Any) -> DistillationTrainer:
+    arguments = {**RUN, **OTHERWISE[case], **arguments}
+    rows = unequal_rows(12).select_columns(["input_ids"]) if "packing" in arguments else unequal_rows(12)
+    if "teacher_logits_path" in arguments:
+        arguments["teacher_logits_path"] = str(folder / arguments["teacher_logits_path"])
+    if "own_base" in arguments:
+        arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    return trainer_for(folder / name, "phimoe", train_dataset=rows, **arguments)
+
+
+def killed_otherwise(folder: Path, case: str) -> None:
+    run_otherwise(folder, "killed", case, callbacks=[KillAfter(5)]).train()
+
+
+def prepare(folder: Path, case: str) -> None:
+    kind = OTHERWISE[case].get("teacher_logits_path")
+    if kind is not None:
+        cached(folder / kind, unequal_rows(12), "phimoe", kind=kind, top_k=16)
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_killed_run_of_another_kind_ends_with_the_weights_of_one_left_alone(case: str, tmp_path: Path) -> None:
+    prepare(tmp_path, case)
+    assert in_child(killed_otherwise, tmp_path, case) == -signal.SIGKILL
+    resumed, whole = (run_otherwise(tmp_path, name, case) for name in ("killed", "whole"))
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert resumed.state.global_step == whole.state.global_step == 8
+    assert_same_weights(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def train_otherwise_in_two(folder: Path, name: str, case: str, steps: int, resume: bool) -> None:
+    class StopAfter(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= steps
+
+    trainer = run_otherwise(folder, name, case, callbacks=[StopAfter()], ddp_find_unused_parameters=True)
+    trainer.train(resume_from_checkpoint=resume)
+    torch.save(trainer.model.state_dict(), folder / name / f"rank-{torch.distributed.get_rank()}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["own base", "cache of hidden states, packed"])
+def test_two_processes_of_another_kind_resume_exactly(case: str, tmp_path: Path) -> None:
+    """Three starts of two processes each."""
+    prepare(tmp_path, case)
+    for name, steps, resume in (("whole", 8, False), ("cut", 5, False), ("cut", 8, True)):
+        assert in_two_processes(train_otherwise_in_two, tmp_path, name, case, steps, resume) == [0, 0]
+    whole, *resumed = (torch.load(tmp_path / name) for name in ("whole/rank-0.pt", "cut/rank-0.pt", "cut/rank-1.pt"))
+    for weights in resumed:
+        assert_same_weights(weights, whole)
+
+
+def resume_in_two(folder: Path) -> None:
+    with pytest.raises(ValueError, match="number of processes was 1 and is 2"):
+        trainer_for(folder, max_steps=2).train(resume_from_checkpoint=folder / "checkpoint-1")
+
+
+def test_other_number_of_processes_is_refused(tmp_path: Path) -> None:
+    """Each has noise of its own, and the same rows fall on others."""
+    trainer_for(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    assert in_two_processes(resume_in_two, tmp_path) == [0, 0]
