@@ -178,6 +178,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
 
 def _stack(expert_sums: list[ExpertSums], head_sums: list[HeadSums]) -> dict[str, Tensor]:
     tensors = {name: torch.stack([s.neuron[name] for s in expert_sums]) for name in ExpertStats.NEURON_SUMS}
+    tensors |= {name: torch.stack([s.expert[name] for s in expert_sums]) for name in ExpertStats.EXPERT_SUMS}
     tensors |= {name: torch.stack([s.head[name] for s in head_sums]) for name in ExpertStats.HEAD_SUMS}
     tensors["tokens_LE"] = torch.stack([s.tokens for s in expert_sums])
     return tensors

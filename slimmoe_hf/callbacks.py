@@ -23,6 +23,7 @@ from trl import SFTConfig
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
@@ -45,7 +46,7 @@ class SlimmingCallback(TrainerCallback):
 
     Args:
         target: What to cut to. Leave out when `plan` is given.
-        criterion: A name in `CRITERIA`.
+        criterion: A name in `CRITERIA`; where only experts are dropped, of `expert_criterion`'s.
         calibration_dataset: Text to score with: any TRL format (`text`, `messages`, `prompt` + `completion`), or
             already tokenised (`input_ids`). Keep it apart from the training data.
         loss: `kd_topk` (the paper's) or `lm`.
@@ -55,6 +56,8 @@ class SlimmingCallback(TrainerCallback):
         max_length: Tokens per calibration row. Default: the trainer's `max_length`, or 1024 where it has none.
         batch_size: Calibration rows per forward pass, per process.
         seed: For `criterion="random"`.
+        expert_criterion: What chooses the experts that stay, where the target drops some: a name in
+            `slimmoe_hf.criteria.EXPERT_CRITERIA`. Default: `criterion`.
 
     Raises:
         ValueError: From the trainer's `__init__`: a target the model cannot take, a changed request, or a model that
@@ -81,6 +84,7 @@ class SlimmingCallback(TrainerCallback):
         max_length: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        expert_criterion: str | None = None,
     ) -> None:
         if (target is None) == (plan is None):
             raise ValueError("SlimmingCallback needs either target= (and calibration_dataset=) or plan=, and not both.")
@@ -88,7 +92,10 @@ class SlimmingCallback(TrainerCallback):
             raise ValueError(
                 "SlimmingCallback(target=...) needs calibration_dataset=, the text to score the model with."
             )
+        if target is not None:
+            check_criteria(criterion, expert_criterion, **target.asks)
         self.target, self.criterion, self.dataset, self.loss = target, criterion, calibration_dataset, loss
+        self.expert_criterion = expert_criterion
         self.teacher_model, self.max_length, self.batch_size, self.seed = teacher_model, max_length, batch_size, seed
         self.given = CompressionPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.plan: CompressionPlan | None = None
@@ -150,8 +157,9 @@ class SlimmingCallback(TrainerCallback):
         name = model_sha256(teacher) if isinstance(teacher, PreTrainedModel) else teacher and str(teacher)
         assert self.target is not None
         return {
-            "target": self.target.model_dump(),
+            "target": self.target.model_dump(exclude_none=True),
             "criterion": self.criterion,
+            "expert_criterion": self.expert_criterion,
             "loss": self.loss,
             "seed": self.seed,
             "teacher_model": name,
@@ -164,7 +172,8 @@ class SlimmingCallback(TrainerCallback):
         request = self._request(rows)
         if stored is None:
             return self._score(model, rows, request)
-        before = stored.meta.request or {}
+        before = dict(stored.meta.request or {})
+        before["target"] = stored.meta.target.model_dump(exclude_none=True)  # whatever sizes a version knew of
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}" for key, value in request.items() if before.get(key) != value
         ]
@@ -187,8 +196,8 @@ class SlimmingCallback(TrainerCallback):
             teacher = loaded.to(model.device).eval()
         share = batches(rows, self.batch_size, model.config.pad_token_id or 0)[_rank() :: _world()]
         stats = collect_stats(model, share, self.loss, teacher, progress=_rank() == 0)
-        plan = make_plan(stats, self.target, self.criterion, self.seed)
-        return CompressionPlan(plan.meta.model_copy(update={"request": request}), plan.neurons, plan.groups)
+        plan = make_plan(stats, self.target, self.criterion, self.seed, self.expert_criterion)
+        return plan.with_request(request)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -198,9 +207,11 @@ class SlimmingCallback(TrainerCallback):
         assert self.plan is not None
         have, want = shape_of(model.config), self.plan.meta.after
         if have != want:
+            sizes = [
+                f"{name}={vars(have)[name]} where the plan says {vars(want)[name]}" for name in Target.model_fields
+            ]
             raise ValueError(
-                f"the model about to be trained has expert_width={have.expert_width} and kv_groups={have.kv_groups}, the plan "
-                f"says {want.expert_width} and {want.kv_groups}: it was rebuilt after the cut. Pass model= instead of "
+                f"the model about to be trained has {', '.join(sizes)}: it was rebuilt after the cut. Pass model= instead of "
                 "model_init=, or call apply_plan inside model_init and drop the callback."
             )
         if args.fsdp or args.deepspeed:

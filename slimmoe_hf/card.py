@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from slimmoe_hf.families import Shape
 from slimmoe_hf.lineage import CARD, Base, is_hub_id
 
 MARK = "<!-- Written by slimmoe_hf. Delete this line and the card is yours: it will not be written again. -->"
@@ -288,14 +289,24 @@ def plan_fingerprint(folder: Path) -> str | None:
     return fingerprint if isinstance(fingerprint, str) else None
 
 
+def cut_in_words(before: Shape, after: Shape) -> str:
+    """What became smaller, for the middle of a sentence."""
+    cut = []
+    if after.num_experts != before.num_experts:
+        cut.append(f"every layer from {before.num_experts} to {after.num_experts} experts")
+    if after.expert_width != before.expert_width:
+        cut.append(f"every expert from {before.expert_width:,} to {after.expert_width:,} neurons")
+    if after.kv_groups != before.kv_groups:
+        cut.append(f"attention from {before.kv_groups} to {after.kv_groups} key/value groups")
+    return ", ".join(cut) or "nothing"
+
+
 def plan_text(folder: Path) -> str:
     """What a plan beside the weights says of the cut, in a sentence; nothing where there is none that can be read."""
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         before, after, criterion = plan["before"], plan["after"], plan["criterion"]
-        cut = [f"every expert from {before['expert_width']:,} to {after['expert_width']:,} neurons"]
-        if before["kv_groups"] != after["kv_groups"]:
-            cut.append(f"attention from {before['kv_groups']} to {after['kv_groups']} key/value groups")
+        cut = cut_in_words(Shape(**before), Shape(**after))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"It was slimmed: {', '.join(cut)}, chosen by `{criterion}`; `{folder.name}/` says which stayed."
+    return f"It was slimmed: {cut}, chosen by `{criterion}`; `{folder.name}/` says which stayed."

@@ -106,7 +106,7 @@ def slim_checkpoint(
     except Timeout:
         raise ValueError(f"{partial}: locked: another slimmoe is writing there. Wait for it.") from None
     try:
-        run = _Run(opened, config, plan, cuts, partial, shard_bytes, dtype)
+        run = _Run(opened, config, plan, parts, cuts, partial, shard_bytes, dtype)
         try:
             run.write()
             if isinstance(opened, HubSource) and not other_weights:
@@ -147,12 +147,12 @@ class _Run:
     """The writing of one checkpoint, over as many calls as it takes."""
 
     def __init__(
-        self, source: LocalSource | HubSource, config: PreTrainedConfig, plan: CompressionPlan, cuts: Sequence[Cut],
-        folder: Path, shard_bytes: int, dtype: str | torch.dtype | None,
+        self, source: LocalSource | HubSource, config: PreTrainedConfig, plan: CompressionPlan, parts: Mapping[str, Part],
+        cuts: Sequence[Cut], folder: Path, shard_bytes: int, dtype: str | torch.dtype | None,
     ) -> None:  # fmt: skip
         self.source, self.config, self.folder = source, config, folder
         self.shards = name_shards(cuts, shard_bytes)
-        self.sampled = sampled(config) if isinstance(source, HubSource) else frozenset()
+        self.sampled = [parts[name] for name in sampled(config) & parts.keys()] if isinstance(source, HubSource) else []
         self.request = _request(source, plan, cuts, shard_bytes, dtype)
         self.written: dict[str, str] = {}
         self.samples: dict[str, str] = {}
@@ -204,8 +204,16 @@ class _Run:
             self._record()
             for file, last in last_use.items():
                 if last == name:
-                    self.source.release(file)
-                    self._fetched.pop(file, None)
+                    self._release(file)
+        for part in self.sampled:  # in files that hold nothing that stays
+            if part.name not in self.samples:
+                self._checked(part.stored)
+                self._release(part.stored.file)
+                self._record()
+
+    def _release(self, file: str) -> None:
+        self.source.release(file)
+        self._fetched.pop(file, None)
 
     def _write_shard(self, name: str, cuts: Sequence[Cut], weights: Iterator[tuple[Cut, Tensor]]) -> str:
         writer = ShardWriter(self.folder / name, {cut.name: (cut.dtype, cut.shape) for cut in cuts})
@@ -251,16 +259,22 @@ class _Run:
         folder = self._checked(cut.part.stored)
         if cut.part.scale is not None:
             self._checked(cut.part.scale)
-        part = self._placed(cut.part)
-        if cut.name in self.sampled:
-            self.samples[cut.name] = sample(self.config, folder, part)
-        return dataclasses.replace(cut, part=part).read(folder, self._buffer)
+        return dataclasses.replace(cut, part=self._placed(cut.part)).read(folder, self._buffer)
 
     def _checked(self, stored: Stored) -> Path:
-        """The folder of a tensor's file, fetched, its header compared with what was promised."""
+        """The folder of a tensor's file, fetched, its header compared with what was promised.
+
+        A file that has just come is sampled for the fingerprint: experts that the plan drops are not looked at again.
+        """
         if stored.file not in self._fetched:
             folder = self.source.fetch(stored.file)
             self._fetched[stored.file] = (folder, read_header(folder / stored.file))
+            for part in self.sampled:
+                if part.stored.file == stored.file and part.name not in self.samples:
+                    self._checked(part.stored)
+                    if part.scale is not None:
+                        self._checked(part.scale)
+                    self.samples[part.name] = sample(self.config, folder, self._placed(part))
         folder, header = self._fetched[stored.file]
         present = header.get(stored.name)
         if present is None or (present.dtype, present.shape) != (stored.dtype, stored.shape):

@@ -16,6 +16,7 @@ from slimmoe_hf.atomic import refuse_existing, write_text
 from slimmoe_hf.data import load_documents, take_tokens, tokenize
 from slimmoe_hf.families import family_of
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
+from slimmoe_hf.plan import Target
 from slimmoe_hf.preflight import check_vocabulary
 from slimmoe_hf.recipe import memory_bytes
 
@@ -83,6 +84,11 @@ def shard_bytes(args: argparse.Namespace) -> int:
         return memory_bytes(args.shard_size)
     except ValueError:
         raise ValueError(f"--shard-size {args.shard_size}: not a size. Write it as 500MB or 1GB.") from None
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """The sizes that `--expert-width`, `--kv-groups` and `--num-experts` ask for."""
+    return Target(**{name: getattr(args, name) for name in Target.model_fields})
 
 
 def same_request(checkpoints: Path, request: dict[str, Any], overwrite: bool) -> None:

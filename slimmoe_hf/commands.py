@@ -35,8 +35,10 @@ from slimmoe_hf.command_inputs import (
     require,
     same_request,
     shard_bytes,
+    target_of,
     training_rows,
 )
+from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.loading import (
@@ -129,8 +131,8 @@ def plan(args: argparse.Namespace) -> None:
     require(args, "output")
     output = output_path(args)
     stats = ExpertStats.load(args.inputs[0])
-    target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
-    made = make_plan(stats, target, args.criterion, args.seed)
+    target = target_of(args)
+    made = make_plan(stats, target, args.criterion, args.seed, args.expert_criterion)
     made.save(output)
     Console().print(describe_plan(made), highlight=False, soft_wrap=True)
 
@@ -153,16 +155,17 @@ def slim(args: argparse.Namespace) -> None:
     output, size = output_path(args), shard_bytes(args)
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
-    target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups)
+    target = target_of(args)
     if args.plan is not None:
         if args.data is not None or target != Target():
             raise ValueError("slim takes a plan, or --data and a size, not both: a plan is a decision made already.")
         chosen = CompressionPlan.load(args.plan)
     elif args.data is None:
-        raise ValueError("slim needs --plan, or --data and --expert-width or --kv-groups (see slimmoe slim --help)")
+        raise ValueError("slim needs --plan, or --data and a size, such as --expert-width (see slimmoe slim --help)")
     else:
         validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
-        chosen = make_plan(_scored(args), target, args.criterion, args.seed)
+        check_criteria(args.criterion, args.expert_criterion, **target.asks)
+        chosen = make_plan(_scored(args), target, args.criterion, args.seed, args.expert_criterion)
     slim_checkpoint(
         args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
         delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,

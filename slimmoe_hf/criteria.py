@@ -1,12 +1,14 @@
-"""Scores: plain functions from `ExpertStats` to one number per neuron and one per key/value group. Higher is kept.
+"""Scores: plain functions from `ExpertStats` to one number per neuron, per key/value group, or per expert. Higher is kept.
 
-Neurons compete within their expert, groups within their layer. A group's score is the sum over its query heads.
+Neurons compete within their expert, groups and experts within their layer. A group's score is the sum over its query
+heads. `CRITERIA` score neurons and groups, `EXPERT_CRITERIA` experts; a name in both means the same of each.
 
 Shape letters: L layers with experts, E experts, F expert width, A layers with attention, H query heads, G groups.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,3 +98,132 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "random": random,
 }
+
+
+ExpertCriterion = Callable[[ExpertStats, int], Tensor]
+
+
+def _stored(stats: ExpertStats, name: str, values_LE: Tensor | None) -> Tensor:
+    if values_LE is None:
+        raise ValueError(
+            f"criterion {name!r} needs a sum that these statistics lack: they are from before experts were scored. Score "
+            "again, or use another criterion."
+        )
+    return values_LE
+
+
+def expert_taylor(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Sum over an expert's neurons of `taylor`, as a group's is over its heads (our choice). `[L, E]`, nats."""
+    return stats.taylor_LEF.sum(-1)
+
+
+def expert_fisher(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Sum over an expert's neurons of `fisher`. `[L, E]`."""
+    return stats.fisher_LEF.sum(-1)
+
+
+def expert_output_fisher(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Sum over an expert's neurons of `output_fisher`, times its routed tokens, which makes experts comparable. `[L, E]`."""
+    return output_fisher(stats).neurons_LEF.sum(-1) * stats.tokens_LE
+
+
+def frequency(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Routed tokens. `[L, E]`."""
+    return stats.tokens_LE
+
+
+def soft_frequency(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Sum over all tokens of the router's probability, chosen or not (SEER-MoE's soft counting, 2404.05089). `[L, E]`."""
+    return _stored(stats, "soft_frequency", stats.probability_LE)
+
+
+def reap(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Mean over routed tokens of gate weight times the norm of the expert's output (REAP, 2510.13999). `[L, E]`."""
+    return _stored(stats, "reap", stats.gated_norm_LE) / stats.tokens_LE.clamp(min=1)
+
+
+def expert_magnitude(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Norm of all weights of an expert. Needs no data. `[L, E]`."""
+    return magnitude(stats).neurons_LEF.square().sum(-1).sqrt()
+
+
+def expert_random(stats: ExpertStats, seed: int = 0) -> Tensor:
+    """Uniform noise from `seed`: the baseline. `[L, E]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(stats.tokens_LE.shape, generator=generator, dtype=torch.float64)
+
+
+EXPERT_CRITERIA: dict[str, ExpertCriterion] = {
+    "taylor": expert_taylor,
+    "fisher": expert_fisher,
+    "output_fisher": expert_output_fisher,
+    "frequency": frequency,
+    "soft_frequency": soft_frequency,
+    "reap": reap,
+    "magnitude": expert_magnitude,
+    "random": expert_random,
+}
+WITHOUT_DATA = ("magnitude", "random")
+"""Criteria that say something of experts that no calibration token reached too."""
+
+
+def expert_ranking(stats: ExpertStats, criterion: str, seed: int = 0) -> Tensor:
+    """The scores that decide which experts stay, `[L, E]`.
+
+    An expert that no calibration token reached is unknown, not worthless: it comes after all that are known, and among
+    its like by its weight norm, as a number between -1 and 0.
+
+    Args:
+        stats: What was scored.
+        criterion: A name in `EXPERT_CRITERIA`.
+        seed: For `random`.
+    """
+    scores_LE = EXPERT_CRITERIA[criterion](stats, seed)
+    if criterion in WITHOUT_DATA:
+        return scores_LE
+    norm_LE = expert_magnitude(stats)
+    return torch.where(stats.tokens_LE > 0, scores_LE, norm_LE / (1 + norm_LE.max()) - 1)
+
+
+def ranking(stats: ExpertStats, criterion: str, seed: int = 0) -> Scores:
+    """The scores that decide which neurons and groups stay: weight norms for neurons of experts that no token reached.
+
+    Args:
+        stats: What was scored.
+        criterion: A name in `CRITERIA`.
+        seed: For `random`.
+    """
+    scores = CRITERIA[criterion](stats, seed)
+    unknown_LE1 = (stats.tokens_LE == 0).unsqueeze(-1)
+    return Scores(torch.where(unknown_LE1, magnitude(stats).neurons_LEF, scores.neurons_LEF), scores.groups_AG)
+
+
+def check_criteria(criterion: str, expert_criterion: str | None = None, *, neurons: bool, experts: bool) -> str:
+    """The criterion that experts are chosen by: `expert_criterion`, or where that is None `criterion`.
+
+    Args:
+        criterion: Of neurons and groups.
+        expert_criterion: Of experts.
+        neurons: Neurons or groups are to be cut.
+        experts: Experts are.
+
+    Raises:
+        ValueError: An unknown name, or a criterion that does not score what is to be cut.
+    """
+    known = list(dict.fromkeys([*CRITERIA, *EXPERT_CRITERIA]))
+    chosen = expert_criterion or criterion
+    for name in (criterion, chosen):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"criterion {name!r} is unknown; use one of {', '.join(known)}.{hint}")
+    if criterion not in CRITERIA and neurons:
+        raise ValueError(
+            f"criterion {criterion!r} scores whole experts only. Choose neurons and groups by one of {', '.join(CRITERIA)}, "
+            f"and experts by expert_criterion={criterion!r}."
+        )
+    if chosen not in EXPERT_CRITERIA and (experts or expert_criterion is not None):
+        raise ValueError(
+            f"criterion {chosen!r} does not score whole experts. Set expert_criterion to one of {', '.join(EXPERT_CRITERIA)}."
+        )
+    return chosen

@@ -79,38 +79,43 @@ def list_cuts(
         dtype: Of the new weights; None keeps their own.
 
     Raises:
-        ValueError: The plan cuts experts in a layer that has none.
+        ValueError: The plan cuts experts in a layer that has none, or drops some in one layer and none in another.
     """
     wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(dict(values))))
-    selections = _selections(config, plan)
+    selections, renumbered = _selections(config, plan), _renumbered(config, plan)
     if stray := selections.keys() - parts.keys():
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cuts = []
     for name, part in parts.items():
+        new = renumbered.get(name, name)
+        if new is None:
+            continue
         axis, index = selections.get(name, (0, None))
         own = torch.bfloat16 if part.scale is not None else DTYPES[part.stored.dtype]
         shape = list(part.shape)
         if index is not None:
             shape[axis] = len(index)
-        if tuple(shape) != wanted.get(name):
+        if tuple(shape) != wanted.get(new):
             raise ValueError(
-                f"the plan leaves {name} at {shape}, its own sizes ask for {list(wanted.get(name, ()))}. Make a plan for "
+                f"the plan leaves {name} at {shape}, its own sizes ask for {list(wanted.get(new, ()))}. Make a plan for "
                 "this model."
             )
         kept = given if given is not None and own.is_floating_point else own
-        cuts.append(Cut(name, wanted[name], kept, part, axis, index))
-    for name in wanted.keys() - parts.keys():
+        cuts.append(Cut(new, wanted[new], kept, part, axis, index))
+    zeros = sorted(wanted.keys() - {cut.name for cut in cuts})
+    for name in zeros:
         assert name.endswith(".bias") and needs_biases(config), name
-    zeros = sorted(wanted.keys() - parts.keys())
     return cuts + [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
 
 
 def _selections(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, tuple[int, Tensor]]:
     """Published name -> axis and indices, of every weight that loses something."""
     family, found = family_of(config), {}
+    for layer, kept_E in plan.experts.items():
+        found[f"{family.layers}.{layer}.{family.disk.router}"] = (0, kept_E)
     for layer, kept_EF in plan.neurons.items():
-        for expert, kept_F in enumerate(kept_EF):
+        for expert, kept_F in zip(_experts(plan, layer), kept_EF, strict=True):
             for name, axis in ((family.disk.gate, 0), (family.disk.up, 0), (family.disk.down, 1)):
                 found[f"{family.layers}.{layer}.{name.format(expert)}"] = (axis, kept_F)
     biased = config.to_dict().get("attention_bias", False)
@@ -122,6 +127,23 @@ def _selections(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, tu
             if biased:
                 found[f"{prefix}.{name}.bias"] = (0, rows)
         found[f"{prefix}.o_proj.weight"] = (1, queries)
+    return found
+
+
+def _experts(plan: CompressionPlan, layer: int) -> list[int]:
+    """The experts of a layer that stay, by their old numbers."""
+    return plan.experts[layer].tolist() if layer in plan.experts else list(range(plan.meta.before.num_experts))
+
+
+def _renumbered(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, str | None]:
+    """Published name -> its new one, None where it goes, of all weights of experts in layers that lose some."""
+    family, found = family_of(config), {}
+    for layer in plan.experts:
+        new = {old: number for number, old in enumerate(_experts(plan, layer))}
+        for name in (family.disk.gate, family.disk.up, family.disk.down):
+            for old in range(plan.meta.before.num_experts):
+                place = f"{family.layers}.{layer}.{name}"
+                found[place.format(old)] = place.format(new[old]) if old in new else None
     return found
 
 

@@ -1,6 +1,9 @@
-"""A plan in words: what `slimmoe plan show A [B]` prints."""
+"""A plan in words: what `slimmoe plan show A [B]` prints, and what a card says of it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -11,22 +14,24 @@ from slimmoe_hf.plan import CompressionPlan, alignment_note
 def describe_plan(plan: CompressionPlan) -> str:
     """What a plan keeps, layer by layer, and where it comes from."""
     meta = plan.meta
+    more = "  expert score kept  experts kept" if plan.experts else ""
     lines = [
-        f"{meta.family}: {meta.target}, by {meta.criterion} (calibration loss {meta.loss}, seed {meta.seed})",
+        f"{meta.family}: {meta.target}, by {_criteria(plan)} (calibration loss {meta.loss}, seed {meta.seed})",
         f"  expert width {meta.before.expert_width} -> {meta.after.expert_width}, key/value groups "
         f"{meta.before.kv_groups} -> {meta.after.kv_groups}, query heads {meta.before.query_heads} -> "
-        f"{meta.after.query_heads}, {meta.before.num_experts} experts",
+        f"{meta.after.query_heads}, experts {meta.before.num_experts} -> {meta.after.num_experts}",
         f"  {alignment_note(meta.after.expert_width)}",
         f"  plan {plan.sha256[:12]}, statistics {meta.stats_sha256[:12]}, model {meta.model_sha256[:12]}, "
         f"data {meta.data_sha256[:12]}",
         "",
-        "  layer  neuron score kept  group score kept  groups kept",
+        f"  layer  neuron score kept  group score kept  groups kept{more}",
     ]
     for layer in meta.layers:
-        groups = ",".join(map(str, layer.groups_kept)) if layer.groups_kept is not None else "all"
-        lines.append(
-            f"  {layer.index:5d}  {_share(layer.neuron_score_kept):>17}  {_share(layer.group_score_kept):>16}  {groups}"
-        )
+        line = f"  {layer.index:5d}  {_share(layer.neuron_score_kept):>17}  {_share(layer.group_score_kept):>16}  "
+        groups = _listed(layer.groups_kept)
+        if plan.experts:
+            groups = f"{groups:11}  {_share(layer.expert_score_kept):>17}  {_listed(layer.experts_kept)}"
+        lines.append(line + groups)
     unknown = sum(layer.unknown_experts for layer in meta.layers)
     if unknown:
         plural = "expert" if unknown == 1 else "experts"
@@ -36,12 +41,23 @@ def describe_plan(plan: CompressionPlan) -> str:
     return "\n".join(lines)
 
 
+def _criteria(plan: CompressionPlan) -> str:
+    chosen, experts = plan.meta.criterion, plan.meta.expert_criterion
+    return chosen if experts in (None, chosen) else f"{chosen}, experts by {experts}"
+
+
+def _listed(kept: list[int] | None) -> str:
+    return "all" if kept is None else ",".join(map(str, kept))
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
 def compare_plans(first: CompressionPlan, second: CompressionPlan) -> str:
     """What two plans have in common: per layer, the share of the smaller plan's neurons that the other keeps too.
+
+    Neurons are compared in the experts that both keep.
 
     Raises:
         ValueError: The plans start from models of different families or sizes.
@@ -51,19 +67,40 @@ def compare_plans(first: CompressionPlan, second: CompressionPlan) -> str:
     if first.sha256 == second.sha256:
         return f"the same decision: {first.meta.target} (plan {first.sha256[:12]})"
     lines = [
-        f"A: {first.meta.target}, by {first.meta.criterion}, loss {first.meta.loss} (plan {first.sha256[:12]})",
-        f"B: {second.meta.target}, by {second.meta.criterion}, loss {second.meta.loss} (plan {second.sha256[:12]})",
+        f"A: {first.meta.target}, by {_criteria(first)}, loss {first.meta.loss} (plan {first.sha256[:12]})",
+        f"B: {second.meta.target}, by {_criteria(second)}, loss {second.meta.loss} (plan {second.sha256[:12]})",
         "",
-        "  layer  neurons in both  by chance  groups in both",
+        "  layer  neurons in both  by chance  groups in both"
+        + ("  experts in both" if first.experts or second.experts else ""),
     ]
     width = first.meta.before.expert_width
     chance = max(first.meta.after.expert_width, second.meta.after.expert_width) / width
     for layer in range(first.meta.before.layers):
-        neurons = _overlap(first.neurons.get(layer), second.neurons.get(layer), width)
+        neurons = _overlap(*_neurons_of_both(first, second, layer), width)
         groups = _overlap(first.groups.get(layer), second.groups.get(layer), first.meta.before.kv_groups)
         expected = _share(chance) if neurons is not None else "-"
-        lines.append(f"  {layer:5d}  {_share(neurons):>15}  {expected:>9}  {_share(groups):>14}")
+        line = f"  {layer:5d}  {_share(neurons):>15}  {expected:>9}  {_share(groups):>14}"
+        if first.experts or second.experts:
+            experts = _overlap(first.experts.get(layer), second.experts.get(layer), first.meta.before.num_experts)
+            line += f"  {_share(experts):>15}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _neurons_of_both(
+    first: CompressionPlan, second: CompressionPlan, layer: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The neurons that two plans keep of the experts that both keep; None where there are none."""
+    if layer not in first.neurons or layer not in second.neurons:
+        return None, None
+    every = torch.arange(first.meta.before.num_experts)
+    kept = [plan.experts.get(layer, every) for plan in (first, second)]
+    both = kept[0][torch.isin(kept[0], kept[1])]
+    if not len(both):
+        return None, None
+    return tuple(
+        plan.neurons[layer][torch.searchsorted(own, both)] for plan, own in zip((first, second), kept, strict=True)
+    )  # type: ignore[return-value]
 
 
 def _overlap(first: Tensor | None, second: Tensor | None, size: int) -> float | None:
@@ -75,3 +112,34 @@ def _overlap(first: Tensor | None, second: Tensor | None, size: int) -> float | 
     ]
     smaller = min(first.shape[-1], second.shape[-1])
     return ((kept[0] & kept[1]).sum(-1) / smaller).mean().item()
+
+
+def scored_parts(plans: Sequence[CompressionPlan]) -> str:
+    """What some plans kept by score, for the middle of a sentence."""
+    if not any(plan.experts for plan in plans):
+        return "neurons (and key/value groups)"
+    return "experts" if not any(plan.neurons for plan in plans) else "experts and neurons (and key/value groups)"
+
+
+def size_rows(plan: CompressionPlan, experts: bool = False) -> dict[str, str]:
+    """Name and change of every size that a plan is about.
+
+    Args:
+        plan: What was decided.
+        experts: Name the experts even where this plan keeps them all.
+    """
+    before, after = plan.meta.before, plan.meta.after
+    rows = {}
+    if experts:
+        rows["experts per layer"] = _arrow(before.num_experts, after.num_experts)
+        kept = [layer.expert_score_kept for layer in plan.meta.layers if layer.expert_score_kept is not None]
+        rows["experts chosen by"] = (
+            f"`{plan.meta.expert_criterion}`, {mean(kept):.0%} of its score stayed" if kept else "-"
+        )
+    rows["neurons per expert"] = _arrow(before.expert_width, after.expert_width)
+    rows["key/value groups"] = _arrow(before.kv_groups, after.kv_groups)
+    return rows
+
+
+def _arrow(before: int, after: int) -> str:
+    return f"{before:,} → {after:,}" if before != after else f"{before:,} (as they are)"

@@ -186,8 +186,11 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 
 def shape_values(config: PreTrainedConfig, shape: Shape) -> dict[str, int]:
     """The config keys, with their values, that give a model the sizes that a plan can change."""
-    values = {family_of(config).width_key: shape.expert_width}
-    if shape.kv_groups != shape_of(config).kv_groups:
+    family, before = family_of(config), shape_of(config)
+    values = {family.width_key: shape.expert_width}
+    if shape.num_experts != before.num_experts:
+        values[family.experts_key] = shape.num_experts
+    if shape.kv_groups != before.kv_groups:
         values["head_dim"] = shape.head_width  # no longer hidden_size / heads, so it must be said
         values["num_key_value_heads"] = shape.kv_groups
         values["num_attention_heads"] = shape.query_heads

@@ -179,7 +179,7 @@ def public_report(report: Report, run: Path, recipe: Recipe) -> Report:
 def public_plan(plan: CompressionPlan) -> CompressionPlan:
     """The same decision, its request without local paths."""
     request = _public_settings(plan.meta.request) if plan.meta.request is not None else None
-    return CompressionPlan(plan.meta.model_copy(update={"request": request}), plan.neurons, plan.groups)
+    return plan.with_request(request)
 
 
 def _draw(run: Path, folder: Path) -> list[tuple[str, str]]:

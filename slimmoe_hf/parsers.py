@@ -6,6 +6,7 @@ import argparse
 from typing import Any, NoReturn
 
 CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
+EXPERT_CRITERIA = "taylor, fisher, output_fisher, frequency, soft_frequency, reap, magnitude, random"
 MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
 _DATA = "sotu, a local file or folder (.txt, .jsonl, .json, .parquet, a saved dataset), or a Hub dataset id"
 
@@ -119,7 +120,7 @@ def _add_size(commands: Any) -> None:
 
 def _add_score(commands: Any) -> None:
     parser = _add(
-        commands, "score", "Score a model's neurons and key/value groups on real text, once for every criterion.",
+        commands, "score", "Score a model's neurons, experts and key/value groups on real text, once for every criterion.",
         "slimmoe score examples/teacher/model --data sotu --max-length 256 --output stats.safetensors",
     )  # fmt: skip
     _add_scoring(parser)
@@ -146,7 +147,11 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
     parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
+    parser.add_argument("--num-experts", type=int, metavar="N", help="experts per layer")
     parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{CRITERIA} (default: taylor)")
+    parser.add_argument(
+        "--expert-criterion", metavar="NAME", help=f"which experts stay: {EXPERT_CRITERIA} (default: the criterion)"
+    )
 
 
 def _add_plan(commands: Any) -> None:

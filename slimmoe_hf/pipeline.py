@@ -180,7 +180,7 @@ class _Pipeline:
 
     def _plan(self, folder: Path, stage: Stage) -> Result:
         stats = ExpertStats.load(folder / "stats.safetensors")
-        plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed)
+        plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed, stage.expert_criterion)
         plan.save(folder / "plan")
         return {"plan_sha256": plan.sha256}
 

@@ -1,20 +1,19 @@
 """`Target` in, `CompressionPlan` out: the only decision, saved, hashed and readable. Every shape rule lives here.
 
-Shape letters: L layers with experts, E experts, F expert width, F' the width kept, A layers with attention, H query
-heads, G key/value groups, G' the groups kept.
+Shape letters: L layers with experts, E experts, E' the experts kept, F expert width, F' the width kept, A layers with
+attention, H query heads, G key/value groups, G' the groups kept.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from slimmoe_hf.atomic import replacing
-from slimmoe_hf.criteria import CRITERIA, Scores, magnitude
+from slimmoe_hf.criteria import check_criteria, expert_ranking, ranking
 from slimmoe_hf.families import Shape, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
 
@@ -45,12 +44,20 @@ class Target(BaseModel):
     Attributes:
         expert_width: F', neurons per expert: a multiple of 8, at most the model's.
         kv_groups: G', key/value groups per attention layer, each with its query heads.
+        num_experts: E', experts per layer: at least as many as a token is sent to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     expert_width: int | None = None
     kv_groups: int | None = None
+    num_experts: int | None = None
+
+    @property
+    def asks(self) -> dict[str, bool]:
+        """Which criteria it needs: one for `neurons` and groups, one for `experts`."""
+        neurons = self.expert_width is not None or self.kv_groups is not None
+        return {"neurons": neurons, "experts": self.num_experts is not None}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self if value is not None) or "nothing"
@@ -64,18 +71,24 @@ def validate_target(config: PreTrainedConfig, target: Target) -> Shape:
             are legal.
     """
     family, before = family_of(config), shape_of(config)
-    width, groups = target.expert_width, target.kv_groups
-    if width is None and groups is None:
-        raise ValueError("the target asks for nothing. Set expert_width, kv_groups, or both.")
+    width, groups, experts = target.expert_width, target.kv_groups, target.num_experts
+    if width is None and groups is None and experts is None:
+        raise ValueError("the target asks for nothing. Set expert_width, kv_groups, num_experts, or several.")
     if width is not None:
         _check_width(width, before.expert_width)
     if groups is not None and groups != before.kv_groups and family.no_groups:
         raise ValueError(f"kv_groups={groups} cannot be had for {config.model_type}: {family.no_groups}.")
     if groups is not None and not 1 <= groups <= before.kv_groups:
         raise ValueError(f"kv_groups={groups} is not between 1 and the model's {before.kv_groups} key/value groups.")
+    if experts is not None and not before.top_k <= experts <= before.num_experts:
+        raise ValueError(
+            f"num_experts={experts} is not between the {before.top_k} that a token is sent to and the model's "
+            f"{before.num_experts} experts per layer."
+        )
     groups = groups or before.kv_groups
     return dataclasses.replace(
         before,
+        num_experts=experts or before.num_experts,
         expert_width=width or before.expert_width,
         kv_groups=groups,
         query_heads=before.query_heads // before.kv_groups * groups,
@@ -102,10 +115,12 @@ class LayerSummary(BaseModel):
 
     Attributes:
         index: Absolute layer index.
-        neuron_score_kept: Share of the layer's summed neuron score that is kept; None in a dense layer.
+        neuron_score_kept: Share of the summed neuron score of the experts that stay; None in a dense layer.
         unknown_experts: Experts that no calibration token reached; they are ranked by weight norms.
         groups_kept: Indices of the key/value groups that stay; None where no group is dropped.
         group_score_kept: Their share of the layer's summed group score.
+        experts_kept: Indices of the experts that stay; None where none is dropped.
+        expert_score_kept: Their share of the layer's summed expert score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +130,8 @@ class LayerSummary(BaseModel):
     unknown_experts: int = 0
     groups_kept: list[int] | None = None
     group_score_kept: float | None = None
+    experts_kept: list[int] | None = None
+    expert_score_kept: float | None = None
 
 
 class PlanMeta(BaseModel):
@@ -122,6 +139,7 @@ class PlanMeta(BaseModel):
 
     Attributes:
         family: The model type. before, after: Sizes. target, criterion, seed, loss: What was asked for.
+        expert_criterion: What chose the experts, where any was dropped.
         model_sha256: The weights that were scored. fingerprint: Of a sample of them.
         data_sha256: The text. stats_sha256: The statistics.
         teacher_sha256: The teacher of `kd_topk`; None where the model was its own.
@@ -137,6 +155,7 @@ class PlanMeta(BaseModel):
     after: Shape
     target: Target
     criterion: str
+    expert_criterion: str | None = None
     seed: int
     loss: str
     model_sha256: str
@@ -151,26 +170,37 @@ class PlanMeta(BaseModel):
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """Which neurons and groups stay.
+    """Which experts, neurons and groups stay.
 
     Attributes:
         meta: Sizes, origin and summary.
-        neurons: Absolute layer index -> `[E, F']`, ascending per expert. Empty where no width is cut.
+        neurons: Absolute layer index -> `[E', F']`, a row per expert that stays, ascending. Empty where no width is cut.
         groups: Absolute layer index -> `[G']`, ascending. Empty where no group is dropped.
+        experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped.
     """
 
     meta: PlanMeta
     neurons: Mapping[int, Tensor]
     groups: Mapping[int, Tensor]
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, Mapping[int, Tensor]]:
+        """All indices by kind."""
+        return {"neurons": self.neurons, "groups": self.groups, "experts": self.experts}
 
     @property
     def sha256(self) -> str:
         """Hash of the decision itself: sizes and kept indices, not where they come from."""
         digest = hashlib.sha256(json.dumps([self.meta.family, *map(dataclasses.asdict, self._shapes())]).encode())
-        for kind, kept in (("neurons", self.neurons), ("groups", self.groups)):
+        for kind, kept in self.kept.items():
             for layer, index in sorted(kept.items()):
                 digest.update(f"{kind}.{layer}".encode() + index.to(torch.int32).contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def with_request(self, request: dict[str, Any] | None) -> CompressionPlan:
+        """The same decision, with what was asked for."""
+        return dataclasses.replace(self, meta=self.meta.model_copy(update={"request": request}))
 
     def _shapes(self) -> tuple[Shape, Shape]:
         return self.meta.before, self.meta.after
@@ -205,8 +235,11 @@ class CompressionPlan:
 
     def save(self, folder: str | Path) -> None:
         """Write `plan.json` and `plan.safetensors` into `folder`, beside their place first, then renamed."""
-        tensors = {f"neurons.{layer}": index.to(torch.int32) for layer, index in self.neurons.items()}
-        tensors |= {f"groups.{layer}": index.to(torch.int32) for layer, index in self.groups.items()}
+        tensors = {
+            f"{kind}.{layer}": index.to(torch.int32)
+            for kind, kept in self.kept.items()
+            for layer, index in kept.items()
+        }
         with replacing(Path(folder), overwrite=True) as beside:
             beside.mkdir()
             save_file(tensors, beside / "plan.safetensors")
@@ -234,22 +267,28 @@ class CompressionPlan:
             raise ValueError(
                 f"{folder}/plan.safetensors: missing or damaged ({error}). Make the plan again."
             ) from error
-        kept: dict[str, dict[int, Tensor]] = {"neurons": {}, "groups": {}}
+        kept: dict[str, dict[int, Tensor]] = {"neurons": {}, "groups": {}, "experts": {}}
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
             if kind not in kept or not layer.isdigit():
                 raise ValueError(f"{folder}/plan.safetensors: unknown tensor {name}.")
             kept[kind][int(layer)] = tensor.long()
-        plan = cls(meta, kept["neurons"], kept["groups"])
+        plan = cls(meta, **kept)
         plan.check()
         return plan
 
     def check(self) -> None:
         """Raise ValueError unless every index fits the plan's own sizes, is unique and ascending."""
         before, after = self._shapes()
-        rules = (("neurons", self.neurons, (before.num_experts, after.expert_width), before.expert_width),
-                 ("groups", self.groups, (after.kv_groups,), before.kv_groups))  # fmt: skip
-        for kind, kept, shape, bound in rules:
+        rules = {
+            "neurons": ((after.num_experts, after.expert_width), before.expert_width),
+            "groups": ((after.kv_groups,), before.kv_groups),
+            "experts": ((after.num_experts,), before.num_experts),
+        }
+        if after.num_experts != before.num_experts and not self.experts:
+            raise ValueError("the plan drops experts and does not say which. Make it again.")
+        for kind, kept in self.kept.items():
+            shape, bound = rules[kind]
             for layer, index in kept.items():
                 ascending = bool((index.diff(dim=-1) > 0).all())
                 inside = bool((index >= 0).all() and (index < bound).all())
@@ -257,81 +296,90 @@ class CompressionPlan:
                     raise ValueError(f"plan {kind}.{layer}: expected {shape} ascending indices below {bound}.")
 
 
-def make_plan(stats: ExpertStats, target: Target, criterion: str = "taylor", seed: int = 0) -> CompressionPlan:
+def make_plan(
+    stats: ExpertStats,
+    target: Target,
+    criterion: str = "taylor",
+    seed: int = 0,
+    expert_criterion: str | None = None,
+) -> CompressionPlan:
     """Decide what stays. Pure: no model, no data, and the same answer every time.
 
-    Every expert keeps its own best `expert_width` neurons, every layer its own best `kv_groups` groups; ties go to
-    the lower index. An expert that no calibration token reached is unknown, not worthless: its neurons are ranked by
-    weight norms.
+    Every layer keeps its own best `num_experts` experts and `kv_groups` groups, every one of those experts its own best
+    `expert_width` neurons; ties go to the lower index. An expert that no calibration token reached is unknown, not
+    worthless: it stays only where all known ones do, and its neurons are ranked by weight norms.
 
     Args:
         stats: From `collect_stats` or `ExpertStats.load`.
         target: The sizes wanted.
-        criterion: A name in `CRITERIA`.
+        criterion: A name in `CRITERIA`; where only experts are dropped, in `EXPERT_CRITERIA`.
         seed: For `random`.
+        expert_criterion: A name in `EXPERT_CRITERIA`; None is `criterion`.
 
     Raises:
-        ValueError: As `validate_target`; or an unknown criterion.
+        ValueError: As `validate_target` and `check_criteria`; or old statistics that lack what a criterion needs.
     """
-    scores = ranking(stats, criterion, seed)
+    of_experts = check_criteria(criterion, expert_criterion, **target.asks)
     config = AutoConfig.for_model(**copy.deepcopy(stats.meta.config))  # which writes into nested dicts
     before, after = shape_of(config), validate_target(config, target)
-    neurons, groups = {}, {}
+    layers = stats.meta.layers
+    experts = neurons = groups = _Chosen({}, {})
+    if after.num_experts < before.num_experts:
+        experts = _choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers)
     if after.expert_width < before.expert_width:
-        neurons = dict(zip(stats.meta.layers, _best(scores.neurons_LEF, after.expert_width), strict=True))
+        scores_LEF = of_kept_experts(ranking(stats, criterion, seed).neurons_LEF, layers, experts.kept)
+        neurons = _choose(scores_LEF, after.expert_width, layers)
     if after.kv_groups < before.kv_groups:
-        groups = dict(enumerate(_best(scores.groups_AG, after.kv_groups)))
+        groups = _choose(ranking(stats, criterion, seed).groups_AG, after.kv_groups, range(before.layers))
+    unknown = dict(zip(layers, (stats.tokens_LE == 0).sum(-1).tolist(), strict=True))
+    summaries = [
+        LayerSummary(
+            index=layer, neuron_score_kept=neurons.shares.get(layer), unknown_experts=unknown.get(layer, 0),
+            groups_kept=groups.listed(layer), group_score_kept=groups.shares.get(layer),
+            experts_kept=experts.listed(layer), expert_score_kept=experts.shares.get(layer),
+        )
+        for layer in range(before.layers)
+    ]  # fmt: skip
     meta = PlanMeta(
         family=stats.meta.family, before=before, after=after, target=target, criterion=criterion, seed=seed,
+        expert_criterion=of_experts if experts.kept else None,
         loss=stats.meta.loss, model_sha256=stats.meta.model_sha256, fingerprint=stats.meta.fingerprint,
         data_sha256=stats.meta.data_sha256,
         stats_sha256=stats.sha256, teacher_sha256=stats.meta.teacher_sha256,
-        layers=_summaries(stats, scores, stats.tokens_LE == 0, neurons, groups),
+        layers=summaries,
     )  # fmt: skip
-    return CompressionPlan(meta, neurons, groups)
+    return CompressionPlan(meta, neurons.kept, groups.kept, experts.kept)
 
 
-def ranking(stats: ExpertStats, criterion: str, seed: int = 0) -> Scores:
-    """The scores that decide: the criterion's, and weight norms for the neurons of experts that no token reached.
+class _Chosen(NamedTuple):
+    """What stays of every layer, and its share of the layer's summed score."""
 
-    Raises:
-        ValueError: An unknown criterion.
-    """
-    if criterion not in CRITERIA:
-        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"criterion {criterion!r} is unknown; use one of {', '.join(CRITERIA)}.{hint}")
-    scores = CRITERIA[criterion](stats, seed)
-    unknown_LE1 = (stats.tokens_LE == 0).unsqueeze(-1)
-    return Scores(torch.where(unknown_LE1, magnitude(stats).neurons_LEF, scores.neurons_LEF), scores.groups_AG)
+    kept: Mapping[int, Tensor]
+    shares: Mapping[int, float]
+
+    def listed(self, layer: int) -> list[int] | None:
+        return self.kept[layer].tolist() if layer in self.kept else None
 
 
-def _best(scores: Tensor, number: int) -> Tensor:
-    """Indices of the `number` highest scores along the last axis, ascending; ties go to the lower index."""
+def _choose(scores: Tensor, number: int, layers: Iterable[int]) -> _Chosen:
+    """The `number` highest scores along the last axis, ascending; ties go to the lower index."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :number].sort(dim=-1).values
+    best, known, layers = order[..., :number].sort(dim=-1).values, scores.clamp(min=0), list(layers)
+    rows = zip(known, best, strict=True)
+    shares = [(row.gather(-1, kept).sum() / row.sum().clamp(min=1e-300)).item() for row, kept in rows]
+    return _Chosen(dict(zip(layers, best, strict=True)), dict(zip(layers, shares, strict=True)))
 
 
-def _summaries(
-    stats: ExpertStats, scores: Scores, unknown_LE: Tensor, neurons: Mapping[int, Tensor], groups: Mapping[int, Tensor]
-) -> list[LayerSummary]:
-    def share(values: Tensor, kept: Tensor) -> float:
-        return (values.gather(-1, kept).sum() / values.sum().clamp(min=1e-300)).item()
+def of_kept_experts(values: Tensor, layers: Iterable[int], experts: Mapping[int, Tensor]) -> Tensor:
+    """Of values per expert, those of the experts that stay: `[L, E, ...] -> [L, E', ...]`.
 
-    summaries = []
-    rows = {layer: row for row, layer in enumerate(stats.meta.layers)}
-    for layer in range(scores.groups_AG.shape[0]):
-        row = rows.get(layer)
-        summaries.append(
-            LayerSummary(
-                index=layer,
-                neuron_score_kept=share(scores.neurons_LEF[row], neurons[layer]) if layer in neurons else None,
-                unknown_experts=int(unknown_LE[row].sum()) if row is not None else 0,
-                groups_kept=groups[layer].tolist() if layer in groups else None,
-                group_score_kept=share(scores.groups_AG[layer], groups[layer]) if layer in groups else None,
-            )
-        )
-    return summaries
+    Args:
+        values: A row per layer with experts. layers: Their absolute indices.
+        experts: Of a plan.
+    """
+    if not experts:
+        return values
+    return torch.stack([row[experts[layer]] for row, layer in zip(values, layers, strict=True)])
 
 
 def alignment_note(width: int) -> str:

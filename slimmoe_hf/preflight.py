@@ -33,6 +33,7 @@ from slimmoe_hf.recipe import Recipe, Stage
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.teacher import LiveTeacher
+from slimmoe_hf.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
     after = check_targets(config, [stage.target for stage in recipe.stages])
     asked = recipe if not elsewhere else _without(recipe, "bf16", "fp16")
     arguments = [stage_arguments(asked, number) for number in range(len(recipe.stages))]
+    for number, (made, said) in enumerate(zip(after, arguments, strict=True)):
+        try:
+            Terms(said.router_logits_weight, said.hidden_states_weight).check(made, teacher_config)
+        except ValueError as error:
+            raise ValueError(f"stages.{number}.distillation: {error}") from error
     tokenizer = load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
     dtype = recipe.dtype or dtype_name(config)

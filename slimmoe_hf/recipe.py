@@ -25,8 +25,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from accelerate.utils import convert_file_size_to_int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
 from slimmoe_hf.plan import Target
 from slimmoe_hf.yaml_files import read_yaml
 
@@ -99,6 +100,7 @@ class Stage(_Strict):
     Attributes:
         target: The shape after the cut.
         criterion: Which scores decide; see `slimmoe_hf.criteria.CRITERIA`.
+        expert_criterion: Which decide on whole experts; see `EXPERT_CRITERIA` there. None is `criterion`.
         calibration: How they are taken.
         distillation: Arguments of `DistillationConfig`, the stage's own learning-rate schedule among them.
         training_dtype: What the student's weights are held in while it trains. `bfloat16` takes half the memory (and
@@ -108,6 +110,7 @@ class Stage(_Strict):
 
     target: Target
     criterion: str = "taylor"
+    expert_criterion: str | None = None
     calibration: Calibration = Calibration()
     distillation: dict[str, Any] = {}
     training_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -122,14 +125,18 @@ class Stage(_Strict):
                 raise ValueError(f"unknown key {name!r}{suggestion(name, distillation_arguments())}")
         return arguments
 
-    @field_validator("criterion")
+    @field_validator("criterion", "expert_criterion")
     @classmethod
-    def _known_criterion(cls, name: str) -> str:
-        from slimmoe_hf.criteria import CRITERIA
-
-        if name not in CRITERIA:
-            raise ValueError(f"unknown criterion {name!r}{suggestion(name, CRITERIA)} There are: {', '.join(CRITERIA)}")
+    def _known_criterion(cls, name: str | None) -> str | None:
+        known = list(dict.fromkeys([*CRITERIA, *EXPERT_CRITERIA]))
+        if name not in (None, *known):
+            raise ValueError(f"unknown criterion {name!r}{suggestion(str(name), known)} There are: {', '.join(known)}")
         return name
+
+    @model_validator(mode="after")
+    def _fitting_criteria(self) -> Stage:
+        check_criteria(self.criterion, self.expert_criterion, **self.target.asks)
+        return self
 
 
 class TeacherCacheSpec(_Strict):

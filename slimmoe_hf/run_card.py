@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult
 
 from slimmoe_hf import card
 from slimmoe_hf.arguments import DistillationConfig, schedule
+from slimmoe_hf.describe import scored_parts, size_rows
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import Base, is_hub_id
 from slimmoe_hf.plan import CompressionPlan
@@ -143,15 +144,14 @@ def _summary(facts: RunFacts) -> str:
     share = after.total_parameters / before.total_parameters
     stock, plural = facts.config.get("model_type", "stock"), "stages" if stages > 1 else "stage"
     first, last = facts.plans[0].meta.before, facts.plans[-1].meta.after
-    cut = [f"every expert from {first.expert_width:,} to {last.expert_width:,} neurons"]
-    if last.kv_groups != first.kv_groups:
-        cut.append(f"attention from {first.kv_groups} to {last.kv_groups} key/value groups")
+    stay = "" if last.num_experts < first.num_experts else f"; all {first.num_experts} experts stay"
+    scored = "neurons" if stay else "neurons and experts" if last.expert_width < first.expert_width else "experts"
     teacher = f"another model, {_link(facts.teacher)}," if facts.teacher else "the original"
     made = "slimmed" if facts.teacher else f"made **{1 / share:.1f} times smaller**"
     text = (
         f"{_original(facts)} {made} in {stages} {plural} of [SlimMoE]({card.PAPER}): "
-        f"neurons were scored on real text, the least important ones cut ({', '.join(cut)}; all {first.num_experts} experts "
-        f"stay), and what was left was distilled from {teacher} after each cut. It is a stock `{stock}` checkpoint: plain "
+        f"{scored} were scored on real text, the least important ones cut ({card.cut_in_words(first, last)}{stay}), and what "
+        f"was left was distilled from {teacher} after each cut. It is a stock `{stock}` checkpoint: plain "
         "`transformers` loads it."
     )
     return f"{text}\n\n{card.table(_glance(facts))}"
@@ -239,7 +239,7 @@ def _making(facts: RunFacts) -> str:
     rows = [heading, *([name, *(column[name] for column in columns)] for name in columns[0])]
     source, taught = facts.recipe.data.source, facts.teacher or "the original model"
     text = (
-        "Every stage scored its current student on text set aside for that, kept the neurons (and key/value groups) with the "
+        f"Every stage scored its current student on text set aside for that, kept the {scored_parts(facts.plans)} with the "
         f"highest scores, and then trained the smaller model on the next-token distributions of {taught}. Text: "
         f"{_link(source)}; what was scored on, trained on, validated on and tested on never overlaps. The plans, index by "
         "index, are in `plans/`."
@@ -249,7 +249,7 @@ def _making(facts: RunFacts) -> str:
 
 def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: list[dict[str, Any]]) -> dict[str, str]:
     """One column of the table of training settings."""
-    before, after, calibration = plan.meta.before, plan.meta.after, stage.calibration
+    calibration = stage.calibration
     said = _arguments(stage)
     kept = [layer.neuron_score_kept for layer in plan.meta.layers if layer.neuron_score_kept is not None]
     rows = int(said["per_device_train_batch_size"]) * int(said["gradient_accumulation_steps"])
@@ -257,8 +257,7 @@ def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: lis
     divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
     each = " per process" if facts.recipe.accelerate else ""
     return {
-        "neurons per expert": _arrow(before.expert_width, after.expert_width),
-        "key/value groups": _arrow(before.kv_groups, after.kv_groups),
+        **size_rows(plan, any(each.experts for each in facts.plans)),
         "scored by": f"`{stage.criterion}` on {calibration.tokens:,} tokens, loss `{calibration.loss}`",
         "score that stayed": f"{mean(kept):.0%}" if kept else "all",
         "optimizer steps": f"{history[-1]['step']:,}" if history else str(said["max_steps"]),
@@ -289,10 +288,6 @@ def _mixed(said: Mapping[str, Any]) -> str:
     if said["bf16"] is None and not said["use_cpu"]:
         return " (mixed with bfloat16 on a GPU that has it)"
     return " mixed with bfloat16" if said["bf16"] else ""
-
-
-def _arrow(before: int, after: int) -> str:
-    return f"{before:,} → {after:,}" if before != after else f"{before:,} (as they are)"
 
 
 def _limits(facts: RunFacts) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
+from slimmoe_hf.command_inputs import target_of
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
 from slimmoe_hf.plan import Target
@@ -21,7 +22,6 @@ from slimmoe_hf.sizing import (
     RESERVE_BYTES,
     RESERVE_SHARE,
     Gpu,
-    fewer_experts,
     own_dtype,
     parameter_counts,
     parse_gpu,
@@ -73,8 +73,8 @@ def describe(config: PreTrainedConfig, args: argparse.Namespace, gpus: list[Gpu]
     """
     dtype = DTYPES[args.dtype] if args.dtype else own_dtype(config)
     answer: dict[str, Any] = {"model_type": config.model_type, **_sizes(config)}
-    slim = args.target is None and (args.expert_width is not None or args.kv_groups is not None)
-    target = Target(expert_width=args.expert_width, kv_groups=args.kv_groups) if slim else None
+    sizes = target_of(args)
+    target = sizes if args.target is None and sizes != Target() else None
     if args.target is not None:
         if args.expert_width is not None:
             raise ValueError("--target finds the expert width itself. Give --target or --expert-width, not both.")
@@ -83,11 +83,9 @@ def describe(config: PreTrainedConfig, args: argparse.Namespace, gpus: list[Gpu]
         stages = suggest_stages(config, args.target, args.stages, args.kv_groups)
         answer["suggestions"] = [stage.model_dump() for stage in stages]
         target = stages[-1].target
-    after, asked = (slimmed_config(config, target), [str(target)]) if target is not None else (None, [])
-    if args.num_experts is not None:
-        after, asked = fewer_experts(after or config, args.num_experts), [*asked, f"num_experts={args.num_experts}"]
+    after = slimmed_config(config, target) if target is not None else None
     if after is not None:
-        answer["slimmed"] = {"target": ", ".join(asked), **_sizes(after)}
+        answer["slimmed"] = {"target": str(target), **_sizes(after)}
     uses = memory_of(config, after, args.batch_size, args.length, dtype) if config.model_type in FAMILIES else {}
     answer["memory"] = {use: memory.model_dump() for use, memory in uses.items()}
     answer["assumed"] = {

@@ -192,22 +192,6 @@ def slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfig
     return slimmed
 
 
-def fewer_experts(config: PreTrainedConfig, number: int) -> PreTrainedConfig:
-    """A copy of a config with fewer experts in every layer.
-
-    Raises:
-        ValueError: As `shape_of`; or fewer than a token is sent to, or more than there are.
-    """
-    shape, least = shape_of(config), max(2, shape_of(config).top_k)
-    if not least <= number <= shape.num_experts:
-        raise ValueError(
-            f"num_experts={number} is not between the {least} that the router needs and the model's {shape.num_experts}."
-        )
-    fewer = copy.deepcopy(config)
-    setattr(fewer, family_of(config).experts_key, number)
-    return fewer
-
-
 def parse_gpu(text: str) -> Gpu:
     """A GPU from its memory as written, `80GB` or `80`: GiB, as its name means them.
 

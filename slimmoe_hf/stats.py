@@ -62,6 +62,9 @@ class ExpertStats:
 
     Attributes:
         tokens_LE: Routed tokens.
+        probability_LE: Sum over all tokens of the router's probability of an expert (the softmax of its logits).
+        gated_norm_LE: Sum over routed tokens of w times the norm of the expert's output. These two are None in files
+            from before experts were scored.
         taylor_LEF: Sum over sequences of |sum over tokens of a g|, nats. fisher_LEF: The same, squared.
         act_sq_LEF: Sum over routed tokens of a^2. gated_act_sq_LEF: Of (w a)^2. grad_sq_LEF: Of g^2.
         input_norm_LEF: Norm of a neuron's gate and up rows. down_norm_LEF: Norm of its `W_down` column.
@@ -72,6 +75,7 @@ class ExpertStats:
     """
 
     NEURON_SUMS: ClassVar = ("taylor_LEF", "fisher_LEF", "act_sq_LEF", "gated_act_sq_LEF", "grad_sq_LEF")
+    EXPERT_SUMS: ClassVar = ("probability_LE", "gated_norm_LE")
     HEAD_SUMS: ClassVar = ("head_taylor_AH", "head_fisher_AH", "head_act_sq_AH", "head_grad_sq_AH")
 
     meta: StatsMeta
@@ -89,6 +93,8 @@ class ExpertStats:
     head_grad_sq_AH: Tensor
     head_out_norm_AH: Tensor
     group_norm_AG: Tensor
+    probability_LE: Tensor | None = None
+    gated_norm_LE: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
@@ -97,8 +103,9 @@ class ExpertStats:
             object.__setattr__(self, name, tensor.detach().cpu())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "meta"}
+        """All tensors by name, those that an old file lacks left out."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "meta"}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def sha256(self) -> str:

@@ -36,10 +36,15 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     check_fits(model, plan)
     plan.check()
     for view in layer_views(model):
+        if view.index in plan.experts and view.experts is not None and view.router is not None:
+            for module in (view.experts, view.router):
+                _drop_experts(module, plan.experts[view.index])
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
             _drop_groups(view.attention, *plan.attention_rows(view.index))
+    if plan.experts:
+        _count_experts(model, plan.meta.after.num_experts)
     set_shape(model.config, plan.meta.after)
     return model
 
@@ -47,14 +52,35 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
 def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError unless the plan starts from this model's family and sizes."""
     plan.check_fits(model.config)
-    missing = set(plan.neurons) - {view.index for view in layer_views(model) if view.experts is not None}
-    if missing:
+    have = {view.index for view in layer_views(model) if view.experts is not None}
+    if missing := (set(plan.neurons) | set(plan.experts)) - have:
         raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
+    if plan.experts and have - set(plan.experts):
+        raise ValueError(
+            f"the plan drops no experts in layers {sorted(have - set(plan.experts))}; all need the same number."
+        )
 
 
 def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:
     data = parameter.data.index_select(axis, kept.to(parameter.device)).contiguous()
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _drop_experts(module: nn.Module, kept_E: Tensor) -> None:
+    """Keep some experts: of the expert module and of the router every parameter and buffer has them along its first axis."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, _select(parameter, kept_E, 0))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, buffer.index_select(0, kept_E.to(buffer.device)).contiguous())
+    if isinstance(module, nn.Linear):
+        module.out_features = len(kept_E)
+
+
+def _count_experts(model: nn.Module, number: int) -> None:
+    """Tell every module that keeps the number of experts, from expert modules to the head that adds the auxiliary loss."""
+    for module in model.modules():
+        if "num_experts" in vars(module):
+            module.num_experts = number  # type: ignore[assignment]
 
 
 def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> None:

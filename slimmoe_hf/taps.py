@@ -62,6 +62,18 @@ class ExpertSums:
         self.number = number
         self.tokens = _accumulator(device, number)
         self.neuron = {name: _accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
+        self.expert = {name: _accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
+
+    @torch.no_grad()
+    def record_outputs(self, out_SD: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
+        """Add one forward pass's expert outputs, not yet weighted; pairs are sorted by expert."""
+        norm_S = out_SD.float().norm(dim=-1) * gate_S.float() * self.sweep.valid_N[token_S]
+        self.expert["gated_norm_LE"] += _sum_rows(norm_S, torch.bincount(expert_S, minlength=self.number))
+
+    @torch.no_grad()
+    def record_router(self, logits_NE: Tensor) -> None:
+        """Add what the layer's router said in one forward pass."""
+        self.expert["probability_LE"] += logits_NE.float().softmax(-1)[self.sweep.valid_N].sum(0)
 
     def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
         """Add one backward pass; pairs are sorted by expert, then by token."""
@@ -152,7 +164,9 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
     ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0).to(torch.int32)
     inputs = F.grouped_mm(hidden_ND[token_S], experts.gate_up_proj.transpose(-2, -1), offs=ends_E)
     act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
-    out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E) * gate_S.unsqueeze(-1)
+    out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E)
+    _SUMS[experts].record_outputs(out_SD, token_S, expert_S, gate_S)
+    out_SD = out_SD * gate_S.unsqueeze(-1)
     unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
 
@@ -162,14 +176,18 @@ ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
 
 @contextmanager
 def tapped(model: PreTrainedModel, sweep: Sweep) -> Iterator[tuple[list[ExpertSums], list[HeadSums]]]:
-    """Route the experts through `_scoring_experts` and put a tap before every `o_proj`."""
+    """Route the experts through `_scoring_experts`, listen to the routers and put a tap before every `o_proj`."""
     shape, device = shape_of(model.config), model.device
     expert_sums = []
-    for _, experts, _router in moe_layers(model):
-        _SUMS[experts] = ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
-        expert_sums.append(_SUMS[experts])
     before = model.config._experts_implementation
     with ExitStack() as stack:
+        for _, experts, router in moe_layers(model):
+            layer = _SUMS[experts] = ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
+            listen = router.register_forward_hook(
+                lambda _module, _args, output, layer=layer: layer.record_router(output[0].flatten(0, -2))
+            )
+            stack.callback(listen.remove)
+            expert_sums.append(layer)
         head_sums = []
         for view in layer_views(model):
             sums = HeadSums(shape.query_heads, device, sweep)

@@ -78,6 +78,24 @@ def test_activation_statistics_equal_a_direct_computation():
         assert rel(stats.gated_act_sq_LEF[1, expert], weighted.square().sum(0)) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expert_statistics_equal_a_direct_computation(family):
+    model, batch = tiny_model(family), tiny_batch(rows=2)
+    stats = collect_stats(model, [batch], progress=False)
+    seen = {}
+    index, experts, router = moe_layers(model)[-1]
+    row = stats.meta.layers.index(index)
+    experts.register_forward_pre_hook(lambda _m, args: seen.update(zip(("x", "index", "gate"), args, strict=True)))
+    router.register_forward_hook(lambda _m, _args, output: seen.update(logits=output[0]))
+    model(input_ids=batch["input_ids"])
+    assert rel(stats.probability_LE[row], seen["logits"].reshape(-1, NUM_EXPERTS).softmax(-1).sum(0)) < 1e-5
+    for expert in range(NUM_EXPERTS):
+        token, slot = (seen["index"] == expert).nonzero(as_tuple=True)
+        gate, up = (seen["x"][token] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        out = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
+        assert rel(stats.gated_norm_LE[row, expert], (out.norm(dim=-1) * seen["gate"][token, slot]).sum()) < 1e-5
+
+
 def test_padding_counts_for_nothing():
     model, batch = tiny_model("phimoe"), tiny_batch(rows=3)
     pad = torch.nn.functional.pad

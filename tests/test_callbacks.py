@@ -1,5 +1,6 @@
 """`SlimmingCallback` in each kind of Trainer: the same plan, the same weights, and a clear answer to what cannot work."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,41 @@ def test_a_changed_request_is_an_error_that_names_what_changed(change, named, tm
     plain_trainer(tmp_path)
     with pytest.raises(ValueError, match=named):
         plain_trainer(tmp_path, callbacks=[callback(**change)])
+
+
+def test_a_plan_and_request_from_before_experts_could_be_dropped_are_the_same_request(tmp_path, monkeypatch):
+    plain_trainer(tmp_path)
+    file = tmp_path / "plan" / "plan.json"
+    values = json.loads(file.read_text())
+    values["request"]["target"] = {"expert_width": 16, "kv_groups": None}
+    del values["request"]["expert_criterion"], values["target"]["num_experts"]
+    file.write_text(json.dumps(values))
+    monkeypatch.setattr("slimmoe_hf.callbacks.collect_stats", lambda *a, **k: pytest.fail("scored again"))
+    plain_trainer(tmp_path)
+
+
+def test_experts_are_dropped_before_training_too_and_trained_on(tmp_path):
+    """Routers keep the rows of the experts that stay; what is saved loads plainly and says the same."""
+    trainer = plain_trainer(tmp_path, callbacks=[callback(target=Target(num_experts=3), criterion="reap")])
+    plan = CompressionPlan.load(tmp_path / "plan")
+    routers = [router.weight.detach().clone() for _, _, router in moe_layers(trainer.model)]
+    originals = [router.weight for _, _, router in moe_layers(tiny_model("phimoe"))]
+    for layer, (kept, original) in enumerate(zip(routers, originals, strict=True)):
+        assert torch.equal(kept, original[plan.experts[layer]])
+    trainer.train()
+    assert all(
+        not torch.equal(old, new.weight) for old, (_, _, new) in zip(routers, moe_layers(trainer.model), strict=True)
+    )
+    trainer.save_model(tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    batch = {k: v for k, v in tiny_batch().items() if k != "labels"}
+    assert shape_of(reloaded.config).num_experts == 3
+    assert torch.equal(reloaded(**batch).logits, trainer.model.eval()(**batch).logits)
+    with pytest.raises(ValueError, match="expert_criterion: None -> 'frequency'"):
+        plain_trainer(
+            tmp_path,
+            callbacks=[callback(target=Target(num_experts=3), criterion="reap", expert_criterion="frequency")],
+        )
 
 
 def test_a_stale_plan_for_another_model_is_an_error(tmp_path):

@@ -67,12 +67,15 @@ def plan() -> CompressionPlan:
     return random_plan(tiny_model("phimoe"), target_of("phimoe"))
 
 
+@pytest.mark.parametrize("experts", [None, 3, "only 2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cut_on_disk_equals_cut_in_memory(family: str, layout: str, variant: str, tmp_path: Path):
+def test_cut_on_disk_equals_cut_in_memory(family: str, layout: str, variant: str, experts, tmp_path: Path):
     if variant == "no_bias" and family != "phimoe":
         pytest.skip("the other families have no bias by default")
+    if experts is not None and variant != "plain":
+        pytest.skip("tied weights and biases have nothing to do with experts")
     model = tiny_model(family, **VARIANTS[variant])
     source = saved(tmp_path / "source", model, LAYOUTS[layout])
     if layout == "per expert":
@@ -81,13 +84,29 @@ def test_cut_on_disk_equals_cut_in_memory(family: str, layout: str, variant: str
         prefix = f"model.layers.{NUM_LAYERS - 1}."
         apart = [index[prefix + names.gate.format(e)] != index[prefix + names.up.format(e)] for e in range(4)]
         assert any(apart), "no expert is spread over shards: this would test less than it says"
-    plan = random_plan(model, target_of(family))
+    target = target_of(family).model_copy(update={"num_experts": experts})
+    plan = random_plan(model, target if experts != "only 2" else Target(num_experts=2))
     slim_checkpoint(source, plan, tmp_path / "on-disk", shard_bytes=10_000)
     save_checkpoint(apply_plan(model, plan), tiny_tokenizer(), tmp_path / "in-memory", "float32")
     same_tensors(tmp_path / "on-disk", tmp_path / "in-memory")
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("on-disk", "in-memory"))
     assert torch.equal(ours(**tiny_batch()).logits, theirs(**tiny_batch()).logits)
     assert shape_of(ours.config) == plan.meta.after
+
+
+@pytest.mark.parametrize(
+    "keys", [("num_experts",), ("num_local_experts",), ("num_experts", "num_local_experts")], ids=str
+)
+def test_the_number_of_experts_is_written_under_whatever_name_a_config_has_it(keys: tuple[str, ...], tmp_path: Path):
+    """Qwen3-MoE's files on the Hub and those that transformers writes differ in it; engines get both."""
+    model = tiny_model("qwen3_moe")
+    file = saved(tmp_path / "source", model) / "config.json"
+    values = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("num_experts", "num_local_experts")}
+    file.write_text(json.dumps({**values, **dict.fromkeys(keys, 4)}))
+    slimmed = slim_checkpoint(file.parent, random_plan(model, Target(num_experts=3)), tmp_path / "slimmed")
+    written = json.loads((slimmed / "config.json").read_text())
+    assert (written["num_experts"], written["num_local_experts"]) == (3, 3)
+    assert shape_of(AutoModelForCausalLM.from_pretrained(slimmed).config).num_experts == 3
 
 
 def test_tokenizer_template_and_generation_config_come_along_and_nothing_else_does(source: Path, plan, tmp_path: Path):

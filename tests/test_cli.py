@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from slimmoe_hf import cli, commands, parsers, student_training
-from slimmoe_hf.criteria import CRITERIA
-from slimmoe_hf.loading import weights_sha256
+from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
+from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.outlook import MACHINES
 
 COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval", "plot", "finetune", "push", "cache")
@@ -69,7 +69,8 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 
 def test_the_commands_are_those_that_are_listed_and_the_criteria_those_that_exist():
     assert set(commands.COMMANDS) == set(COMMANDS)
-    assert ", ".join(CRITERIA) == parsers.CRITERIA and ", ".join(MACHINES) == parsers.MACHINES
+    assert ", ".join(CRITERIA) == parsers.CRITERIA and ", ".join(EXPERT_CRITERIA) == parsers.EXPERT_CRITERIA
+    assert ", ".join(MACHINES) == parsers.MACHINES
 
 
 def test_flags_are_a_visible_decision():
@@ -82,6 +83,7 @@ def test_flags_are_a_visible_decision():
     train = data | {"--packing", "--no-packing", "--seed"}
     teacher = {"--teacher", "--teacher-revision", "--revision"}
     output = {"--output", "--overwrite", "--config"}
+    target = {"--expert-width", "--kv-groups", "--num-experts", "--criterion", "--expert-criterion"}
     scoring = {"--loss", "--batch-size", "--calibration-dtype", "--calibration-device"}
     training = {
         "--max-steps", "--num-train-epochs", "--learning-rate", "--lr-scheduler-type", "--warmup-steps",
@@ -94,11 +96,10 @@ def test_flags_are_a_visible_decision():
             "--batch-size", "--dtype", "--json", "--config",
         },
         "score": common | train | teacher | output | scoring,
-        "plan": common | output | {"--expert-width", "--kv-groups", "--criterion", "--seed", "--json"},
+        "plan": common | output | target | {"--seed", "--json"},
         "slim": common | train | teacher | output | scoring | {
-            "--plan", "--expert-width", "--kv-groups", "--criterion", "--other-weights", "--dtype",
-            "--shard-size", "--delete-source-shards",
-        },
+            "--plan", "--other-weights", "--dtype", "--shard-size", "--delete-source-shards",
+        } | target,
         "distill": common | train | teacher | output | {
             "--model", "--teacher-cache", "--beta", "--temperature", "--loss-top-k", "--distillation-weight",
             "--crossentropy-weight",
@@ -136,6 +137,29 @@ def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.Capture
     assert cli.main(["plan", "show", plan, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["criterion"] == "taylor" and shown["after"]["expert_width"] == 16 and shown["loss"] == "kd_topk"
+    both = [
+        "plan",
+        stats,
+        "--expert-width",
+        "16",
+        "--num-experts",
+        "3",
+        "--criterion",
+        "energy",
+        "--output",
+        str(home / "both"),
+    ]
+    assert "'energy' does not score whole experts. Set expert_criterion to" in one_error(capsys, *both)
+    assert "num_experts=1 is not between the 2 that" in one_error(
+        capsys, "plan", stats, "--num-experts", "1", "--output", plan + "2"
+    )
+    assert not (home / "both").exists() and cli.main([*both, "--expert-criterion", "reap"]) == 0
+    assert cli.main(["slim", teacher, "--plan", str(home / "both"), "--output", str(home / "fewer")]) == 0
+    capsys.readouterr()
+    assert cli.main(["size", teacher, "--expert-width", "16", "--num-experts", "3", "--json"]) == 0
+    sized = json.loads(capsys.readouterr().out)["slimmed"]
+    assert sized["target"] == "expert_width=16, num_experts=3"
+    assert sized["total_parameters"] == sum(p.numel() for p in load_model(home / "fewer").parameters())
     assert cli.main(["plan", "show", plan, plan]) == 0
     assert "the same decision" in capsys.readouterr().out
 
@@ -241,7 +265,7 @@ def test_any_training_argument_may_stand_in_the_config_file(home: Path):
         (["size"], "size needs a model: a folder, a config.json or a Hub id"),
         (["size", "./nowhere"], "./nowhere: no such folder or file"),
         (["slam"], "invalid choice: 'slam'"),
-        (["slim", "m", "--output", "o"], "slim needs --plan, or --data and --expert-width or --kv-groups"),
+        (["slim", "m", "--output", "o"], "slim needs --plan, or --data and a size"),
         (
             ["slim", "m", "--output", "o", "--plan", "p", "--data", "d"],
             "slim takes a plan, or --data and a size, not both",

@@ -38,7 +38,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     model = tiny_model("phimoe")
     saved(root / "someone" / "tiny-moe", model)
     stats = collect_stats(model, [tiny_batch()], progress=False)
-    make_plan(stats, Target(expert_width=16)).save(root / "plan")
+    make_plan(stats, Target(expert_width=16, num_experts=2)).save(root / "plan")
     with serving(root) as endpoint:
         yield root, endpoint
 

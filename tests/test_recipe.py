@@ -37,6 +37,9 @@ def test_defaults_are_spelt_out_and_read_back_equal():
         (minimal(stages=[{"target": {}, "distillation": {"output_dir": "x"}}]), "output_dir cannot be set here: the run's"),
         (minimal(stages=[{"target": {}, "distillation": {"fsdp": True}}]), "fsdp cannot be set here: the config that"),
         (minimal(stages=[{"target": {}, "criterion": "tailor"}]), "did you mean taylor?"),
+        (minimal(stages=[{"target": {}, "expert_criterion": "reep"}]), "stages.0.expert_criterion: unknown criterion 'reep'"),
+        (minimal(stages=[{"target": {"num_experts": 4}, "criterion": "energy"}]), "'energy' does not score whole experts"),
+        (minimal(stages=[{"target": {"expert_width": 8}, "criterion": "reap"}]), "'reap' scores whole experts only"),
         (minimal(stages=[]), "stages: list should have at least 1 item"),
         (minimal(teacher_memory="a lot"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found 'a lot'"),
         (

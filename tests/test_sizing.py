@@ -35,7 +35,6 @@ from slimmoe_hf.memory import (
 from slimmoe_hf.plan import Target
 from slimmoe_hf.size_command import size
 from slimmoe_hf.sizing import (
-    fewer_experts,
     parameter_counts,
     parse_gpu,
     parse_size,
@@ -296,12 +295,14 @@ def test_a_switch_model_gets_counts_and_bytes_only(tmp_path, capsys):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fewer_experts_are_counted_as_a_model_with_fewer_is(family):
-    fewer = fewer_experts(tiny_model(family).config, 3)
+    fewer = slimmed_config(tiny_model(family).config, Target(num_experts=3))
     key = FAMILIES[family].experts_key
     assert parameter_counts(fewer).total == sum(p.numel() for p in tiny_model(family, **{key: 3}).parameters())
     assert parameter_counts(fewer).active < parameter_counts(tiny_model(family).config).active  # its router's rows
-    with pytest.raises(ValueError, match="num_experts=1 is not between the 2 that the router needs and the model's 4"):
-        fewer_experts(tiny_model(family).config, 1)
+    with pytest.raises(
+        ValueError, match="num_experts=1 is not between the 2 that a token is sent to and the model's 4"
+    ):
+        slimmed_config(tiny_model(family).config, Target(num_experts=1))
 
 
 def test_slimmed_configs_are_copies():

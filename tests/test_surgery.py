@@ -1,8 +1,10 @@
-"""Promise 1: a slimmed model equals the original with the dropped neurons and groups masked, for every family."""
+"""Promise 1: a slimmed model equals the original with the dropped neurons, groups and experts masked, for every family."""
 
 import copy
+import dataclasses
 import json
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,10 +13,19 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from slimmoe_hf.families import FAMILIES, layer_views, shape_of
+from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.surgery import apply_plan
 
-TARGETS = [Target(expert_width=16), Target(kv_groups=1), Target(expert_width=8, kv_groups=1)]
+TARGETS = [
+    Target(expert_width=16),
+    Target(kv_groups=1),
+    Target(expert_width=8, kv_groups=1),
+    Target(num_experts=3),
+    Target(num_experts=2),
+    Target(expert_width=16, num_experts=3),
+    Target(expert_width=8, kv_groups=1, num_experts=2),
+]
 VARIANTS = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -37,7 +48,8 @@ def masked(model, plan: CompressionPlan):
     shape = shape_of(model.config)
     for view in layer_views(model):
         if view.index in plan.neurons:
-            for expert, kept in enumerate(plan.neurons[view.index]):
+            stay = plan.experts.get(view.index, torch.arange(shape.num_experts)).tolist()
+            for expert, kept in zip(stay, plan.neurons[view.index], strict=True):
                 dropped = [f for f in range(shape.expert_width) if f not in kept.tolist()]
                 view.experts.down_proj.data[expert][:, dropped] = 0.0
         if view.index in plan.groups:
@@ -47,6 +59,32 @@ def masked(model, plan: CompressionPlan):
                     columns = slice(head * shape.head_width, (head + 1) * shape.head_width)
                     view.attention.o_proj.weight.data[:, columns] = 0.0
     return model
+
+
+def whole_target(family: str) -> Target:
+    """All that the family can lose."""
+    return Target(expert_width=16, kv_groups=None if FAMILIES[family].no_groups else 1, num_experts=3)
+
+
+@contextmanager
+def deselected(model, plan: CompressionPlan):
+    """Every router's logits of dropped experts are -inf before softmax and top-k."""
+    gone = {}
+    for view in layer_views(model):
+        if view.index in plan.experts:
+            row = torch.ones(shape_of(model.config).num_experts, dtype=torch.bool)
+            row[plan.experts[view.index]] = False
+            gone[view.router.weight.data_ptr()] = row
+    linear = torch.nn.functional.linear
+
+    def masking(inputs, weight, bias=None):
+        output = linear(inputs, weight, bias)
+        row = gone.get(weight.data_ptr())
+        return output if row is None else output.masked_fill(row, float("-inf"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", masking)
+        yield
 
 
 def supported(family: str, target: Target, variant: str) -> None:
@@ -68,7 +106,9 @@ def test_slimmed_equals_masked(family, target, variant):
     supported(family, target, variant)
     model, batch = tiny_model(family, **VARIANTS[variant]), tiny_batch()
     plan = random_plan(model, target)
-    expected = masked(model, plan)(**batch).logits
+    reference = masked(model, plan)
+    with deselected(reference, plan):
+        expected = reference(**batch).logits
     slimmed = apply_plan(model, plan)
     assert slimmed is model
     assert shape_of(model.config) == plan.meta.after
@@ -91,7 +131,7 @@ def test_several_groups_keep_their_own_query_heads(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_slimmed_checkpoint_loads_with_plain_transformers(family, variant, tmp_path, caplog, capfd):
-    target = Target(expert_width=16) if FAMILIES[family].no_groups else Target(expert_width=16, kv_groups=1)
+    target = whole_target(family)
     supported(family, target, variant)
     model, batch = tiny_model(family, **VARIANTS[variant]), tiny_batch()
     apply_plan(model, random_plan(model, target))
@@ -109,7 +149,7 @@ def test_slimmed_checkpoint_loads_with_plain_transformers(family, variant, tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_generate_with_a_cache_agrees_with_no_cache_after_the_cut(family):
-    target = Target(expert_width=16) if FAMILIES[family].no_groups else Target(expert_width=16, kv_groups=1)
+    target = whole_target(family)
     model = tiny_model(family)
     apply_plan(model, random_plan(model, target))
     prompt = tiny_batch(rows=2, length=8)["input_ids"]
@@ -125,12 +165,38 @@ def test_generate_with_a_cache_agrees_with_no_cache_after_the_cut(family):
     assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_experts_went_the_auxiliary_loss_is_that_of_the_reloaded_model(family, tmp_path):
+    """It divides by the number of experts, which several modules keep a copy of."""
+    model, batch = tiny_model(family, router_aux_loss_coef=0.5), tiny_batch()
+    apply_plan(model, random_plan(model, Target(num_experts=3)))
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours, theirs = (each(**batch, output_router_logits=True) for each in (model, reloaded))
+    assert ours.aux_loss > 0 and torch.equal(ours.aux_loss, theirs.aux_loss) and torch.equal(ours.loss, theirs.loss)
+    numbers = {name: vars(each)["num_experts"] for name, each in model.named_modules() if "num_experts" in vars(each)}
+    assert numbers and set(numbers.values()) == {3}, numbers
+
+
+def test_a_plan_that_forgets_a_layer_is_refused_and_nothing_is_changed():
+    model = tiny_model("phimoe")
+    plan = random_plan(model, Target(num_experts=3))
+    lacking = dataclasses.replace(plan, experts={0: plan.experts[0]})
+    with pytest.raises(ValueError, match=r"drops no experts in layers \[1\]; all need the same number"):
+        apply_plan(model, lacking)
+    assert model_sha256(model) == model_sha256(tiny_model("phimoe"))
+
+
 def test_frozen_parameters_stay_frozen_and_trainable_ones_trainable():
     model = tiny_model("phimoe")
     view = layer_views(model)[0]
     view.experts.down_proj.requires_grad_(False)
     apply_plan(model, random_plan(model, Target(expert_width=16)))
     assert not view.experts.down_proj.requires_grad
+    assert view.experts.gate_up_proj.requires_grad
+    view.router.weight.requires_grad_(False)
+    apply_plan(model, random_plan(model, Target(num_experts=3)))
+    assert not view.experts.down_proj.requires_grad and not view.router.weight.requires_grad
     assert view.experts.gate_up_proj.requires_grad
 
 

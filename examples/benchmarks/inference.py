@@ -38,7 +38,7 @@ from slimmoe_hf import Target
 from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import count_parameters
 from slimmoe_hf.families import shape_of
-from slimmoe_hf.sizing import fewer_experts, slimmed_config
+from slimmoe_hf.sizing import slimmed_config
 from slimmoe_hf.throughput import measure_speed
 
 MODELS = ("full", "slimmed", "expert-dropped", "dense")
@@ -67,7 +67,7 @@ def configs(args: argparse.Namespace) -> dict[str, PreTrainedConfig]:
     full = full_config(args)
     shape = shape_of(full)
     slimmed = slimmed_config(full, Target(expert_width=round(shape.expert_width * args.keep / 8) * 8))
-    dropped = fewer_experts(full, round(shape.num_experts * args.keep))
+    dropped = slimmed_config(full, Target(num_experts=round(shape.num_experts * args.keep)))
     return dict(zip(MODELS, (full, slimmed, dropped, dense_config(slimmed)), strict=True))
 
 

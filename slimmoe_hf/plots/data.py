@@ -1,6 +1,6 @@
 """Read finished runs into what their pictures show. Nothing is drawn here.
 
-Shape letters: L layers with experts, E experts, F expert width, F' the width kept.
+Shape letters: L layers with experts, E experts, E' the experts kept, F expert width, F' the width kept.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimmoe_hf.criteria import CRITERIA
+from slimmoe_hf.criteria import CRITERIA, expert_ranking, ranking
 from slimmoe_hf.lineage import public_name
-from slimmoe_hf.plan import CompressionPlan, ranking
+from slimmoe_hf.plan import CompressionPlan, of_kept_experts
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores, ScoreStage
 from slimmoe_hf.plots.recovery import (
     Collapse,
@@ -99,16 +99,24 @@ def kept_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> KeptSt
         stats: What was scored.
         plan: What was decided.
     """
-    meta = plan.meta
-    scores_LEF = ranking(stats, meta.criterion, meta.seed).neurons_LEF
-    own_LE = CRITERIA[meta.criterion](stats, meta.seed).neurons_LEF.sum(-1)  # of unreached experts: nothing
-    share_LE = torch.ones_like(own_LE)
+    meta, layers = plan.meta, stats.meta.layers
+    if meta.expert_criterion is not None:
+        own_LE = expert_ranking(stats, meta.expert_criterion, meta.seed).clamp(min=0)  # of unreached experts: nothing
+    else:
+        own_LE = CRITERIA[meta.criterion](stats, meta.seed).neurons_LEF.sum(-1)
+    stay_LE = [plan.experts.get(layer, torch.arange(meta.before.num_experts)) for layer in layers]
+    share_LE = torch.zeros_like(own_LE).scatter_(-1, torch.stack(stay_LE), 1.0)
+    dropped = [(layers[row], expert) for row, expert in (share_LE == 0).nonzero().tolist()]
     if plan.neurons:
-        share_LE = scores_LEF.gather(-1, _kept(stats, plan)).sum(-1) / scores_LEF.sum(-1).clamp(min=1e-300)
+        scores_LEF = of_kept_experts(ranking(stats, meta.criterion, meta.seed).neurons_LEF, layers, plan.experts)
+        kept_LE = scores_LEF.gather(-1, _kept(stats, plan)).sum(-1) / scores_LEF.sum(-1).clamp(min=1e-300)
+        share_LE.scatter_(-1, torch.stack(stay_LE), kept_LE)
     return KeptStage(
         stage=number, criterion=meta.criterion, calibration_loss=meta.loss,
         width_before=meta.before.expert_width, width_after=meta.after.expert_width,
         groups_before=meta.before.kv_groups, groups_after=meta.after.kv_groups,
+        experts_before=meta.before.num_experts, experts_after=meta.after.num_experts,
+        dropped=dropped,
         layers=stats.meta.layers,
         kept_share=_rounded(share_LE),
         score_share=_rounded(own_LE / own_LE.mean(-1, keepdim=True).clamp(min=1e-300)),
@@ -118,7 +126,7 @@ def kept_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> KeptSt
 
 
 def score_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> ScoreStage:
-    """The histogram of the scores by which a plan kept and dropped neurons.
+    """The histogram of the scores by which a plan kept and dropped neurons, of the experts that stay.
 
     The axis begins where all but a thousandth of the positive scores lie above; what is below, zeros too, is counted.
 
@@ -128,8 +136,9 @@ def score_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> Score
         plan: What was decided; it narrows the experts.
     """
     meta = plan.meta
-    scores_LEF, kept_LEf = ranking(stats, meta.criterion, meta.seed).neurons_LEF, _kept(stats, plan)
-    reached_LE = stats.tokens_LE > 0
+    layers, kept_LEf = stats.meta.layers, _kept(stats, plan)
+    scores_LEF = of_kept_experts(ranking(stats, meta.criterion, meta.seed).neurons_LEF, layers, plan.experts)
+    reached_LE = of_kept_experts(stats.tokens_LE, layers, plan.experts) > 0
     stays_LEF = torch.zeros_like(scores_LEF, dtype=torch.bool).scatter_(-1, kept_LEf, True)
     cuts = scores_LEF.gather(-1, kept_LEf).amin(-1)[reached_LE]
     kept, dropped = scores_LEF[reached_LE.unsqueeze(-1) & stays_LEF], scores_LEF[reached_LE.unsqueeze(-1) & ~stays_LEF]
@@ -157,7 +166,7 @@ def score_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> Score
 
 
 def _kept(stats: ExpertStats, plan: CompressionPlan) -> Tensor:
-    """Indices of the neurons that stay, `[L, E, F']`."""
+    """Indices of the neurons that stay, `[L, E', F']`."""
     return torch.stack([plan.neurons[layer] for layer in stats.meta.layers])
 
 

@@ -47,7 +47,9 @@ def draw_kept(picture: Kept) -> Sheet:
     stages, groups = picture.stages, any(stage.groups_kept for stage in picture.stages)
     panel, words = _panel_height(picture.num_layers, len(stages)), [wrapped(stage.words + ".") for stage in stages]
     row_heights = [0.2 * len(lines) + 0.34 + panel + 0.5 for lines in words]
-    dense = "; grey: dense layer" if len(stages[0].layers) < picture.num_layers else ""
+    grey = ["dense layer"] * (len(stages[0].layers) < picture.num_layers)
+    grey += ["dropped expert"] * any(stage.dropped for stage in stages)
+    dense = f"; grey: {' or '.join(grey)}" if grey else ""
     crosses = "; \u00d7: no calibration token reached it" if any(stage.unreached for stage in stages) else ""
     source = (
         f"{picture.run}: {picture.family}, {picture.num_layers} layers, {len(stages[0].kept_share[0])} experts each; "
@@ -58,8 +60,8 @@ def draw_kept(picture: Kept) -> Sheet:
     width = (RIGHT - LEFT - _GAP - (group_width + _GAP if groups else 0)) / 2
     shares = [_whole(stage.known_shares, stage.layers, picture.num_layers) for stage in stages]
     masses = [_whole(stage.score_share, stage.layers, picture.num_layers) for stage in stages]
-    share_norm, share_colors = share_scale(np.stack(shares))
-    mass_norm, mass_colors = even_scale(np.stack(masses))
+    share_norm, share_colors = share_scale(np.concatenate([share.ravel() for share in shares]))
+    mass_norm, mass_colors = even_scale(np.concatenate([mass.ravel() for mass in masses]))
     lefts = (LEFT, LEFT + width + _GAP, LEFT + 2 * (width + _GAP))
     top = 0.0
     for stage, lines, share, mass, height in zip(stages, words, shares, masses, row_heights, strict=True):

@@ -50,9 +50,11 @@ class KeptStage(Data):
     Attributes:
         stage: Counted from 1. criterion, calibration_loss: What scored.
         width_before, width_after: Neurons per expert. groups_before, groups_after: Key/value groups per layer.
+        experts_before, experts_after: Experts per layer. dropped: `(layer, expert)` of those that went.
         layers: Absolute indices of the L layers with experts.
-        kept_share: `[L, E]`, share of an expert's summed neuron score that its kept neurons hold.
-        score_share: `[L, E]`, an expert's summed neuron score as a multiple of its layer's mean.
+        kept_share: `[L, E]`, share of an expert's summed neuron score that its kept neurons hold; 0 of a dropped one.
+        score_share: `[L, E]`, an expert's summed neuron score as a multiple of its layer's mean; where experts were
+            dropped, the score that chose them.
         unreached: `(layer, expert)` of experts that no calibration token reached: their kept share is of weight norms.
         groups_kept: `[A]` lists of the groups that stay; empty where none was cut.
     """
@@ -64,6 +66,9 @@ class KeptStage(Data):
     width_after: int
     groups_before: int
     groups_after: int
+    experts_before: int
+    experts_after: int
+    dropped: list[tuple[int, int]]
     layers: list[int]
     kept_share: list[list[float]]
     score_share: list[list[float]]
@@ -72,8 +77,8 @@ class KeptStage(Data):
 
     @property
     def known_shares(self) -> list[list[float]]:
-        """`kept_share`, NaN for the experts that were ranked by weight norms."""
-        unreached = set(self.unreached)
+        """`kept_share`, NaN for the experts that were ranked by weight norms or dropped."""
+        unreached = set(self.unreached) | set(self.dropped)
         return [
             [math.nan if (layer, expert) in unreached else share for expert, share in enumerate(row)]
             for layer, row in zip(self.layers, self.kept_share, strict=True)
@@ -83,11 +88,14 @@ class KeptStage(Data):
     def words(self) -> str:
         """One sentence on what stayed."""
         groups = f"{self.groups_after} of {self.groups_before} key/value groups"
+        experts = f"{self.experts_after} of {self.experts_before} experts per layer"
         if self.width_after == self.width_before:
-            return f"Stage {self.stage} kept every neuron, and {groups}"
+            whole = f"{experts} with all their neurons" if self.dropped else "every neuron"
+            return f"Stage {self.stage} kept {whole}, and {groups}"
         shares = [share for share in flat(self.known_shares) if share == share]
         text = (
-            f"Stage {self.stage} kept {percent(self.width_after / self.width_before)} of every expert's neurons "
+            f"Stage {self.stage} kept {f'{experts} and ' if self.dropped else ''}"
+            f"{percent(self.width_after / self.width_before)} of every expert's neurons "
             f"({percent(statistics.median(shares))} of its score, {percent(min(shares))} to {percent(max(shares))})"
         )
         return f"{text} and {groups}" if self.groups_kept else text
@@ -112,6 +120,8 @@ class Kept(Picture):
     def title(self) -> str:
         first, last = self.stages[0], self.stages[-1]
         cuts = []
+        if last.experts_after < first.experts_before:
+            cuts.append(f"layers to {last.experts_after} of {first.experts_before} experts")
         if last.width_after < first.width_before:
             share = percent(last.width_after / first.width_before)
             cuts.append(f"experts to {share} ({first.width_before} to {last.width_after} neurons)")
