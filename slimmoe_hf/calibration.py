@@ -82,6 +82,7 @@ def collect_stats(
     teacher: PreTrainedModel | None = None,
     *,
     progress: bool = True,
+    expert_outputs: bool = False,
 ) -> ExpertStats:
     """Sweep a model once over calibration text and keep, per neuron and head, every statistic the criteria need.
 
@@ -97,6 +98,7 @@ def collect_stats(
             `(logits_NV, teacher_logits_NV, labels_N)` giving one value per token.
         teacher: The model to be faithful to. Default: the model itself, which is the paper's first stage.
         progress: Show a progress bar with the time left.
+        expert_outputs: Run every expert on every token too, for merging by what experts say; it takes E/K times as long.
 
     Returns:
         Sums over the data; divide by the tokens in `meta` for means.
@@ -112,7 +114,7 @@ def collect_stats(
     family_of(model.config)
     sweep, digest, counts = Sweep(), hashlib.sha256(), {"tokens": 0, "sequences": 0}
     total = len(dataloader) if isinstance(dataloader, Sized) else None
-    with _frozen(model), tapped(model, sweep) as (expert_sums, head_sums):
+    with _frozen(model), tapped(model, sweep, expert_outputs) as (expert_sums, head_sums):
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
@@ -180,6 +182,9 @@ def _stack(expert_sums: list[ExpertSums], head_sums: list[HeadSums]) -> dict[str
     tensors = {name: torch.stack([s.neuron[name] for s in expert_sums]) for name in ExpertStats.NEURON_SUMS}
     tensors |= {name: torch.stack([s.expert[name] for s in expert_sums]) for name in ExpertStats.EXPERT_SUMS}
     tensors |= {name: torch.stack([s.head[name] for s in head_sums]) for name in ExpertStats.HEAD_SUMS}
+    tensors["router_gram_LEE"] = torch.stack([s.gram for s in expert_sums])
+    outputs = [s.outputs for s in expert_sums if s.outputs is not None]
+    tensors |= {"output_sum_LED": torch.stack(outputs)} if outputs else {}
     tensors["tokens_LE"] = torch.stack([s.tokens for s in expert_sums])
     return tensors
 

@@ -187,7 +187,7 @@ class _Run:
             raise ValueError(
                 f"{self.folder.parent}: the slimmed model takes {needed:,} bytes, {free:,} are free. Free some."
             )
-        last_use = {cut.part.stored.file: name for name, cuts in self.shards.items() for cut in cuts if cut.part}
+        last_use = {part.stored.file: name for name, cuts in self.shards.items() for cut in cuts for part in cut.parts}
         number, shown = sum(map(len, missing.values())), get_console().is_terminal
         ahead = self._read_ahead([cut for cuts in missing.values() for cut in cuts])
         weights = iter(track(ahead, "Cutting", total=number, disable=not shown, transient=True))
@@ -256,10 +256,12 @@ class _Run:
     def _read(self, cut: Cut) -> Tensor:
         if cut.part is None:
             return cut.read(self.folder, self._buffer)
-        folder = self._checked(cut.part.stored)
-        if cut.part.scale is not None:
-            self._checked(cut.part.scale)
-        return dataclasses.replace(cut, part=self._placed(cut.part)).read(folder, self._buffer)
+        for part in cut.parts:
+            folder = self._checked(part.stored)
+            if part.scale is not None:
+                self._checked(part.scale)
+        shares = tuple((self._placed(part), share, order) for part, share, order in cut.shares)
+        return dataclasses.replace(cut, part=self._placed(cut.part), shares=shares).read(folder, self._buffer)
 
     def _checked(self, stored: Stored) -> Path:
         """The folder of a tensor's file, fetched, its header compared with what was promised.
@@ -325,8 +327,8 @@ def _request(
     source: LocalSource | HubSource, plan: CompressionPlan, cuts: Sequence[Cut], shard_bytes: int, dtype: Any
 ) -> str:
     """Hash of everything that decides what is written."""
-    tensors = [(cut.name, cut.part.stored.file, cut.part.stored.begin) if cut.part else (cut.name,) for cut in cuts]
-    files = sorted({cut.part.stored.file for cut in cuts if cut.part})
+    tensors = [(cut.name, *((part.stored.file, part.stored.begin) for part in cut.parts)) for cut in cuts]
+    files = sorted({part.stored.file for cut in cuts for part in cut.parts})
     states = []
     if isinstance(source, LocalSource):
         states = [[(source.folder / file).stat().st_size, (source.folder / file).stat().st_mtime_ns] for file in files]

@@ -20,38 +20,44 @@ from rich.console import Console
 from rich.table import Table
 
 import slimmoe_hf
-from slimmoe_hf import cache_command, eval_command, finetune_command, plot_command, push_command, size_command
+from slimmoe_hf import (
+    cache_command,
+    eval_command,
+    finetune_command,
+    merge_command,
+    plot_command,
+    push_command,
+    size_command,
+)
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_format import MANIFEST
 from slimmoe_hf.cached_teacher import CachedTeacher
-from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.command_inputs import (
     open_checkpoint,
     output_path,
     print_json,
-    read_documents,
     require,
     same_request,
+    scored,
     shard_bytes,
     target_of,
     training_rows,
 )
 from slimmoe_hf.criteria import check_criteria
-from slimmoe_hf.data import batches, dataset_hash, load_documents, take_apart, take_rows, tokenize
+from slimmoe_hf.data import dataset_hash, load_documents, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.loading import (
     files_sha256,
     find_checkpoint,
     load_config,
-    load_model,
     weight_bytes,
     weights_sha256,
 )
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
-from slimmoe_hf.preflight import check_teacher, device, training_arguments
+from slimmoe_hf.preflight import check_teacher, training_arguments
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.student_training import distil, save_checkpoint
@@ -94,30 +100,10 @@ def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     require(args, "model", "data", "output")
     output = output_path(args, file=True)
-    stats = _scored(args)
+    _, stats = scored(args)
     stats.save(output)
     rich.print(
         f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
-    )
-
-
-def _scored(args: argparse.Namespace) -> ExpertStats:
-    if args.loss not in CALIBRATION_LOSSES:
-        raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
-    where = torch.device("cpu") if args.calibration_device == "cpu" else device()
-    model, tokenizer = open_checkpoint(args.model, args.revision)
-    teacher = None
-    if args.teacher is not None and args.loss == "kd_topk":
-        folder = find_checkpoint(args.teacher, args.teacher_revision)
-        check_teacher(folder, load_config(model), tokenizer)
-        teacher = load_model(folder, args.calibration_dtype, where)
-    documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
-    rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
-    return collect_stats(
-        load_model(model, args.calibration_dtype, where, whole=True),
-        batches(rows, args.batch_size, tokenizer.pad_token_id or 0),
-        loss=args.loss,
-        teacher=teacher,
     )
 
 
@@ -165,7 +151,7 @@ def slim(args: argparse.Namespace) -> None:
     else:
         validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
         check_criteria(args.criterion, args.expert_criterion, **target.asks)
-        chosen = make_plan(_scored(args), target, args.criterion, args.seed, args.expert_criterion)
+        chosen = make_plan(scored(args)[1], target, args.criterion, args.seed, args.expert_criterion)
     slim_checkpoint(
         args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
         delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,
@@ -223,5 +209,5 @@ def run(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "env": env, "size": size_command.size, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run,
     "eval": eval_command.evaluate, "plot": plot_command.plot, "finetune": finetune_command.finetune, "push": push_command.push,
-    "cache": cache_command.cache,
+    "cache": cache_command.cache, "merge": merge_command.merge,
 }  # fmt: skip

@@ -9,7 +9,7 @@ Shape letters: L layers with experts, E experts, F expert width, A layers with a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -227,3 +227,41 @@ def check_criteria(criterion: str, expert_criterion: str | None = None, *, neuro
             f"criterion {chosen!r} does not score whole experts. Set expert_criterion to one of {', '.join(EXPERT_CRITERIA)}."
         )
     return chosen
+
+
+class Chosen(NamedTuple):
+    """What stays of every layer, and its share of the layer's summed score."""
+
+    kept: Mapping[int, Tensor]
+    shares: Mapping[int, float]
+
+    def listed(self, layer: int) -> list[int] | None:
+        """What stays of one layer; None where all does."""
+        return self.kept[layer].tolist() if layer in self.kept else None
+
+
+def choose(scores: Tensor, number: int, layers: Iterable[int]) -> Chosen:
+    """The `number` highest scores along the last axis, ascending; ties go to the lower index.
+
+    Args:
+        scores: A row, or rows, per layer.
+        number: How many stay.
+        layers: Their absolute indices.
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    best, known, layers = order[..., :number].sort(dim=-1).values, scores.clamp(min=0), list(layers)
+    rows = zip(known, best, strict=True)
+    shares = [(row.gather(-1, kept).sum() / row.sum().clamp(min=1e-300)).item() for row, kept in rows]
+    return Chosen(dict(zip(layers, best, strict=True)), dict(zip(layers, shares, strict=True)))
+
+
+def of_kept_experts(values: Tensor, layers: Iterable[int], experts: Mapping[int, Tensor]) -> Tensor:
+    """Of values per expert, those of the experts that stay: `[L, E, ...] -> [L, E', ...]`.
+
+    Args:
+        values: A row per layer with experts. layers: Their absolute indices.
+        experts: Of a plan.
+    """
+    if not experts:
+        return values
+    return torch.stack([row[experts[layer]] for row, layer in zip(values, layers, strict=True)])

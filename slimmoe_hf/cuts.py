@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from slimmoe_hf.blends import blended
 from slimmoe_hf.disk import Part, expected_shapes, read_part
 from slimmoe_hf.families import family_of, shape_values
 from slimmoe_hf.plan import CompressionPlan
@@ -28,6 +29,7 @@ class Cut:
         name: Its published name. shape, dtype: Its own.
         part: The weight it is taken from; None for zeros.
         axis, index: What is selected; None for all of it.
+        shares: Of a merged expert, the weights that it is the sum of, each with its share and its order along `axis`.
     """
 
     name: str
@@ -36,6 +38,14 @@ class Cut:
     part: Part | None
     axis: int = 0
     index: Tensor | None = None
+    shares: tuple[tuple[Part, float, Tensor], ...] = ()
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that it is made of."""
+        if self.part is None:
+            return []
+        return [part for part, _, _ in self.shares] or [self.part]
 
     @property
     def bytes(self) -> int:
@@ -46,6 +56,9 @@ class Cut:
         """Read what it is taken from, into `buffer` where only a selection of it is kept, and select."""
         if self.part is None:
             return torch.zeros(self.shape, dtype=self.dtype)
+        if self.shares:
+            members = ((read_part(folder, part), share, order) for part, share, order in self.shares)
+            return blended(members, self.axis).to(self.dtype)
         if self.index is None:
             return read_part(folder, self.part).to(self.dtype)
         return read_part(folder, self.part, buffer=buffer).index_select(self.axis, self.index).to(self.dtype)
@@ -87,6 +100,7 @@ def list_cuts(
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cuts = []
+    merged = _merged(config, parts, plan)
     for name, part in parts.items():
         new = renumbered.get(name, name)
         if new is None:
@@ -102,6 +116,9 @@ def list_cuts(
                 "this model."
             )
         kept = given if given is not None and own.is_floating_point else own
+        if name in merged:
+            cuts.append(Cut(new, wanted[new], kept, part, *merged[name]))
+            continue
         cuts.append(Cut(new, wanted[new], kept, part, axis, index))
     zeros = sorted(wanted.keys() - {cut.name for cut in cuts})
     for name in zeros:
@@ -144,6 +161,21 @@ def _renumbered(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, st
             for old in range(plan.meta.before.num_experts):
                 place = f"{family.layers}.{layer}.{name}"
                 found[place.format(old)] = place.format(new[old]) if old in new else None
+    return found
+
+
+def _merged(
+    config: PreTrainedConfig, parts: Mapping[str, Part], plan: CompressionPlan
+) -> dict[str, tuple[int, None, tuple[tuple[Part, float, Tensor], ...]]]:
+    """Published name of a weight of an expert that others are merged into -> neuron axis, and what it is the sum of."""
+    family, found = family_of(config), {}
+    for layer, blend in plan.blends.items():
+        for number, expert in enumerate(_experts(plan, layer)):
+            for name, axis in ((family.disk.gate, 0), (family.disk.up, 0), (family.disk.down, 1)):
+                place = f"{family.layers}.{layer}.{name}"
+                members = blend.members(number)
+                shares = tuple((parts[place.format(e)], float(blend.weight[e]), blend.order[e]) for e in members)
+                found[place.format(expert)] = (axis, None, shares)
     return found
 
 

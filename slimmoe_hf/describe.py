@@ -20,6 +20,7 @@ def describe_plan(plan: CompressionPlan) -> str:
         f"  expert width {meta.before.expert_width} -> {meta.after.expert_width}, key/value groups "
         f"{meta.before.kv_groups} -> {meta.after.kv_groups}, query heads {meta.before.query_heads} -> "
         f"{meta.after.query_heads}, experts {meta.before.num_experts} -> {meta.after.num_experts}",
+        *([f"  merged: {', '.join(f'{name} {value}' for name, value in meta.merging)}"] if meta.merging else []),
         f"  {alignment_note(meta.after.expert_width)}",
         f"  plan {plan.sha256[:12]}, statistics {meta.stats_sha256[:12]}, model {meta.model_sha256[:12]}, "
         f"data {meta.data_sha256[:12]}",

@@ -40,6 +40,11 @@ class ExpertLayout:
             return torch.stack([2 * neurons, 2 * neurons + 1], dim=-1).flatten(-2)
         return torch.cat([neurons, neurons + width], dim=-1)
 
+    def sides(self, neurons: Tensor, width: int) -> tuple[tuple[str, int, Tensor], ...]:
+        """Name, neuron axis of one expert, and positions of `neurons` along it, of both projections; as `input_index`."""
+        into = self.input_index(neurons, width)
+        return (self.gate_up, self.input_axis, into), (self.down, self.down_axis, neurons)
+
     @property
     def input_axis(self) -> int:
         """The neuron axis of the input projection of one expert."""

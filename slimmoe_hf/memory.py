@@ -210,7 +210,12 @@ def scoring_memory(
     shape = shape_of(config)
     phases = _phases(_text(config), dtype, batch, length, _score)
     pairs = batch * length * shape.top_k
-    sums = shape.layers * shape.num_experts * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 3) * 8
+    sums = (
+        shape.layers
+        * shape.num_experts
+        * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 3 + shape.num_experts)
+        * 8
+    )
     # The taps hold a layer's neuron activations and head outputs, which frozen weights alone would not ask for.
     taps = pairs * shape.expert_width + batch * length * shape.query_heads * shape.head_width
     held = shape.layers * taps * dtype.itemsize

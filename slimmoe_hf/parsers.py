@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
-        _add_push, _add_cache,
+        _add_push, _add_cache, _add_merge,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -182,6 +182,32 @@ def _add_slim(commands: Any) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
     parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
     parser.add_argument("--delete-source-shards", action="store_true", help="keep no download longer than needed")
+    _add_output(parser, "DIR")
+    _add_config(parser)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _add(
+        commands, "merge", "Average experts that do alike into fewer (M-SMoE), weighted by how much they are used.",
+        "slimmoe merge examples/teacher/model --data sotu --max-length 256 --num-experts 4 --output merged",
+    )  # fmt: skip
+    _add_scoring(parser)
+    parser.add_argument("--num-experts", type=int, metavar="K", help="experts per layer that others are merged into")
+    parser.add_argument(
+        "--similarity", default="router_logits", metavar="NAME",
+        help="what makes two experts alike: router_logits, router_rows, weights or outputs (default: router_logits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grouping", default="dominant", metavar="NAME",
+        help="dominant: each joins one of the K most used; clusters: hierarchical, as in HC-SMoE (default: dominant)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference",
+        default="dominant",
+        choices=("dominant", "first"),
+        help="what neurons are aligned to (default: dominant)",
+    )
+    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
     _add_output(parser, "DIR")
     _add_config(parser)
 

@@ -10,10 +10,10 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from slimmoe_hf.atomic import replacing
-from slimmoe_hf.criteria import check_criteria, expert_ranking, ranking
+from slimmoe_hf.blends import KINDS, Blend, Merging
+from slimmoe_hf.criteria import Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
 from slimmoe_hf.families import Shape, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
 
@@ -139,7 +140,7 @@ class PlanMeta(BaseModel):
 
     Attributes:
         family: The model type. before, after: Sizes. target, criterion, seed, loss: What was asked for.
-        expert_criterion: What chose the experts, where any was dropped.
+        expert_criterion: What chose the experts, where any was dropped. merging: How others were averaged into them.
         model_sha256: The weights that were scored. fingerprint: Of a sample of them.
         data_sha256: The text. stats_sha256: The statistics.
         teacher_sha256: The teacher of `kd_topk`; None where the model was its own.
@@ -156,6 +157,7 @@ class PlanMeta(BaseModel):
     target: Target
     criterion: str
     expert_criterion: str | None = None
+    merging: Merging | None = None
     seed: int
     loss: str
     model_sha256: str
@@ -177,12 +179,14 @@ class CompressionPlan:
         neurons: Absolute layer index -> `[E', F']`, a row per expert that stays, ascending. Empty where no width is cut.
         groups: Absolute layer index -> `[G']`, ascending. Empty where no group is dropped.
         experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped.
+        blends: Absolute layer index -> what each of those E' becomes an average of. Empty where experts just go.
     """
 
     meta: PlanMeta
     neurons: Mapping[int, Tensor]
     groups: Mapping[int, Tensor]
     experts: Mapping[int, Tensor] = field(default_factory=dict)
+    blends: Mapping[int, Blend] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[str, Mapping[int, Tensor]]:
@@ -196,6 +200,9 @@ class CompressionPlan:
         for kind, kept in self.kept.items():
             for layer, index in sorted(kept.items()):
                 digest.update(f"{kind}.{layer}".encode() + index.to(torch.int32).contiguous().numpy().tobytes())
+        for layer, blend in sorted(self.blends.items()):
+            for kind, tensor in blend.tensors().items():
+                digest.update(f"{kind}.{layer}".encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def with_request(self, request: dict[str, Any] | None) -> CompressionPlan:
@@ -240,6 +247,8 @@ class CompressionPlan:
             for kind, kept in self.kept.items()
             for layer, index in kept.items()
         }
+        for layer, blend in self.blends.items():
+            tensors |= {f"{kind}.{layer}": tensor for kind, tensor in blend.tensors().items()}
         with replacing(Path(folder), overwrite=True) as beside:
             beside.mkdir()
             save_file(tensors, beside / "plan.safetensors")
@@ -267,13 +276,17 @@ class CompressionPlan:
             raise ValueError(
                 f"{folder}/plan.safetensors: missing or damaged ({error}). Make the plan again."
             ) from error
-        kept: dict[str, dict[int, Tensor]] = {"neurons": {}, "groups": {}, "experts": {}}
+        found: dict[str, dict[int, Tensor]] = {kind: {} for kind in ("neurons", "groups", "experts", *KINDS)}
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
-            if kind not in kept or not layer.isdigit():
+            if kind not in found or not layer.isdigit():
                 raise ValueError(f"{folder}/plan.safetensors: unknown tensor {name}.")
-            kept[kind][int(layer)] = tensor.long()
-        plan = cls(meta, **kept)
+            found[kind][int(layer)] = tensor if kind == "weight" else tensor.long()
+        parts = [found.pop(kind) for kind in KINDS]
+        if len({frozenset(part) for part in parts}) > 1:
+            raise ValueError(f"{folder}/plan.safetensors: a layer's merging is not whole. Make the plan again.")
+        blends = {layer: Blend(*(part[layer] for part in parts)) for layer in parts[0]}
+        plan = cls(meta, **found, blends=blends)
         plan.check()
         return plan
 
@@ -287,6 +300,10 @@ class CompressionPlan:
         }
         if after.num_experts != before.num_experts and not self.experts:
             raise ValueError("the plan drops experts and does not say which. Make it again.")
+        for layer, blend in self.blends.items():
+            blend.check(before.num_experts, after.num_experts, before.expert_width, f"plan merging of layer {layer}")
+        if self.blends and (self.neurons or self.groups or self.blends.keys() != self.experts.keys()):
+            raise ValueError("the plan merges experts and cuts something else too. Make a plan for each.")
         for kind, kept in self.kept.items():
             shape, bound = rules[kind]
             for layer, index in kept.items():
@@ -323,14 +340,14 @@ def make_plan(
     config = AutoConfig.for_model(**copy.deepcopy(stats.meta.config))  # which writes into nested dicts
     before, after = shape_of(config), validate_target(config, target)
     layers = stats.meta.layers
-    experts = neurons = groups = _Chosen({}, {})
+    experts = neurons = groups = Chosen({}, {})
     if after.num_experts < before.num_experts:
-        experts = _choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers)
+        experts = choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers)
     if after.expert_width < before.expert_width:
         scores_LEF = of_kept_experts(ranking(stats, criterion, seed).neurons_LEF, layers, experts.kept)
-        neurons = _choose(scores_LEF, after.expert_width, layers)
+        neurons = choose(scores_LEF, after.expert_width, layers)
     if after.kv_groups < before.kv_groups:
-        groups = _choose(ranking(stats, criterion, seed).groups_AG, after.kv_groups, range(before.layers))
+        groups = choose(ranking(stats, criterion, seed).groups_AG, after.kv_groups, range(before.layers))
     unknown = dict(zip(layers, (stats.tokens_LE == 0).sum(-1).tolist(), strict=True))
     summaries = [
         LayerSummary(
@@ -349,37 +366,6 @@ def make_plan(
         layers=summaries,
     )  # fmt: skip
     return CompressionPlan(meta, neurons.kept, groups.kept, experts.kept)
-
-
-class _Chosen(NamedTuple):
-    """What stays of every layer, and its share of the layer's summed score."""
-
-    kept: Mapping[int, Tensor]
-    shares: Mapping[int, float]
-
-    def listed(self, layer: int) -> list[int] | None:
-        return self.kept[layer].tolist() if layer in self.kept else None
-
-
-def _choose(scores: Tensor, number: int, layers: Iterable[int]) -> _Chosen:
-    """The `number` highest scores along the last axis, ascending; ties go to the lower index."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    best, known, layers = order[..., :number].sort(dim=-1).values, scores.clamp(min=0), list(layers)
-    rows = zip(known, best, strict=True)
-    shares = [(row.gather(-1, kept).sum() / row.sum().clamp(min=1e-300)).item() for row, kept in rows]
-    return _Chosen(dict(zip(layers, best, strict=True)), dict(zip(layers, shares, strict=True)))
-
-
-def of_kept_experts(values: Tensor, layers: Iterable[int], experts: Mapping[int, Tensor]) -> Tensor:
-    """Of values per expert, those of the experts that stay: `[L, E, ...] -> [L, E', ...]`.
-
-    Args:
-        values: A row per layer with experts. layers: Their absolute indices.
-        experts: Of a plan.
-    """
-    if not experts:
-        return values
-    return torch.stack([row[experts[layer]] for row, layer in zip(values, layers, strict=True)])
 
 
 def alignment_note(width: int) -> str:

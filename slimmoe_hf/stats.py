@@ -65,6 +65,8 @@ class ExpertStats:
         probability_LE: Sum over all tokens of the router's probability of an expert (the softmax of its logits).
         gated_norm_LE: Sum over routed tokens of w times the norm of the expert's output. These two are None in files
             from before experts were scored.
+        router_gram_LEE: Sum over all tokens of the products of two experts' router logits; None in those files too.
+        output_sum_LED: Sum over all tokens of each expert's output, routed or not; where it was asked for.
         taylor_LEF: Sum over sequences of |sum over tokens of a g|, nats. fisher_LEF: The same, squared.
         act_sq_LEF: Sum over routed tokens of a^2. gated_act_sq_LEF: Of (w a)^2. grad_sq_LEF: Of g^2.
         input_norm_LEF: Norm of a neuron's gate and up rows. down_norm_LEF: Norm of its `W_down` column.
@@ -95,6 +97,8 @@ class ExpertStats:
     group_norm_AG: Tensor
     probability_LE: Tensor | None = None
     gated_norm_LE: Tensor | None = None
+    router_gram_LEE: Tensor | None = None
+    output_sum_LED: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():

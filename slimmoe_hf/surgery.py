@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimmoe_hf.blends import Blend
 from slimmoe_hf.families import family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
@@ -37,8 +38,11 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     plan.check()
     for view in layer_views(model):
         if view.index in plan.experts and view.experts is not None and view.router is not None:
-            for module in (view.experts, view.router):
-                _drop_experts(module, plan.experts[view.index])
+            if view.index in plan.blends:
+                _merge_experts(view.experts, plan.blends[view.index], model)
+            else:
+                _drop_experts(view.experts, plan.experts[view.index])
+            _drop_experts(view.router, plan.experts[view.index])
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
@@ -83,13 +87,18 @@ def _count_experts(model: nn.Module, number: int) -> None:
             module.num_experts = number  # type: ignore[assignment]
 
 
+def _merge_experts(experts: Any, blend: Blend, model: PreTrainedModel) -> None:
+    """Average the experts into fewer, one at a time."""
+    layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
+    for name, axis, order_EF in layout.sides(blend.order, width):
+        old = getattr(experts, name)
+        setattr(experts, name, nn.Parameter(blend.of(old.data, order_EF, axis), requires_grad=old.requires_grad))
+
+
 def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> None:
     """Keep `kept_EF[e]` neurons of expert `e`, one expert at a time."""
     layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
-    for name, axis, index_EF in (
-        (layout.gate_up, layout.input_axis, layout.input_index(kept_EF, width)),
-        (layout.down, layout.down_axis, kept_EF),
-    ):
+    for name, axis, index_EF in layout.sides(kept_EF, width):
         old = getattr(experts, name)
         shape = list(old.shape)
         shape[axis + 1] = index_EF.shape[-1]

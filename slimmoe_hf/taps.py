@@ -63,6 +63,8 @@ class ExpertSums:
         self.tokens = _accumulator(device, number)
         self.neuron = {name: _accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
         self.expert = {name: _accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
+        self.gram = _accumulator(device, number, number)
+        self.outputs: Tensor | None = None
 
     @torch.no_grad()
     def record_outputs(self, out_SD: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
@@ -73,7 +75,17 @@ class ExpertSums:
     @torch.no_grad()
     def record_router(self, logits_NE: Tensor) -> None:
         """Add what the layer's router said in one forward pass."""
-        self.expert["probability_LE"] += logits_NE.float().softmax(-1)[self.sweep.valid_N].sum(0)
+        logits_NE = logits_NE[self.sweep.valid_N].float()
+        self.expert["probability_LE"] += logits_NE.softmax(-1).sum(0)
+        self.gram += logits_NE.T @ logits_NE
+
+    @torch.no_grad()
+    def record_all_outputs(self, experts: Any, hidden_ND: Tensor) -> None:
+        """Add what every expert makes of every token, where that is wanted."""
+        if self.outputs is not None:
+            hidden_ND = hidden_ND[self.sweep.valid_N]
+            for expert, (into, out) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+                self.outputs[expert] += experts._apply_gate(hidden_ND @ into.T).float().sum(0) @ out.float().T
 
     def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
         """Add one backward pass; pairs are sorted by expert, then by token."""
@@ -166,6 +178,7 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
     act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
     out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E)
     _SUMS[experts].record_outputs(out_SD, token_S, expert_S, gate_S)
+    _SUMS[experts].record_all_outputs(experts, hidden_ND)
     out_SD = out_SD * gate_S.unsqueeze(-1)
     unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
@@ -175,7 +188,9 @@ ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
 
 
 @contextmanager
-def tapped(model: PreTrainedModel, sweep: Sweep) -> Iterator[tuple[list[ExpertSums], list[HeadSums]]]:
+def tapped(
+    model: PreTrainedModel, sweep: Sweep, expert_outputs: bool = False
+) -> Iterator[tuple[list[ExpertSums], list[HeadSums]]]:
     """Route the experts through `_scoring_experts`, listen to the routers and put a tap before every `o_proj`."""
     shape, device = shape_of(model.config), model.device
     expert_sums = []
@@ -183,6 +198,8 @@ def tapped(model: PreTrainedModel, sweep: Sweep) -> Iterator[tuple[list[ExpertSu
     with ExitStack() as stack:
         for _, experts, router in moe_layers(model):
             layer = _SUMS[experts] = ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
+            if expert_outputs:
+                layer.outputs = _accumulator(device, shape.num_experts, shape.hidden_size)
             listen = router.register_forward_hook(
                 lambda _module, _args, output, layer=layer: layer.record_router(output[0].flatten(0, -2))
             )

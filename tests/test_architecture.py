@@ -14,7 +14,7 @@ LEAVES = {
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding",
 }  # fmt: skip
-SLIMMING = {"calibration", "taps", "criteria", "plan", "describe", "surgery", "cuts", "checkpoint"}
+SLIMMING = {"calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint"}
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
     "distilling", "seq2seq",
@@ -23,7 +23,7 @@ JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
-    "hub", "run_card", "harness", "student_training",
+    "hub", "run_card", "harness", "student_training", "merge_command",
     "plots",
 }  # fmt: skip
 

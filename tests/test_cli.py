@@ -26,7 +26,21 @@ from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.outlook import MACHINES
 
-COMMANDS = ("env", "size", "score", "plan", "slim", "distill", "run", "eval", "plot", "finetune", "push", "cache")
+COMMANDS = (
+    "env",
+    "size",
+    "score",
+    "plan",
+    "slim",
+    "distill",
+    "run",
+    "eval",
+    "plot",
+    "finetune",
+    "push",
+    "cache",
+    "merge",
+)
 DATA = ("--max-length", "64")
 
 
@@ -118,6 +132,9 @@ def test_flags_are_a_visible_decision():
         "cache": common | train | output | {
             "--revision", "--kind", "--top-k", "--temperature", "--vocab-size", "--shard-size", "--batch-size", "--dtype",
             "--verify", "--json",
+        },
+        "merge": common | train | teacher | output | scoring | {
+            "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size",
         },
     }  # fmt: skip
 

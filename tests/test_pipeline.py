@@ -29,6 +29,7 @@ from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target
+from slimmoe_hf.plots import draw
 from slimmoe_hf.preflight import Inputs, check, outline, read_text
 from slimmoe_hf.recipe import Recipe, load_recipe
 from slimmoe_hf.report import Report
@@ -363,3 +364,32 @@ def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
     assert len({len(row) for row in inputs.train["input_ids"]}) > 1
     found = run_recipe(recipe, tmp_path / "run")
     assert found is not None and found.models[-1].loss < found.models[1].loss + 0.5
+
+
+def test_experts_go_over_stages_and_everything_that_is_written_says_so(home: Path, tmp_path: Path):
+    """Four experts, three, two: routers, sizes, card, plans and pictures of a run whose models number experts anew."""
+    values = tiny_recipe(home)
+    first, second = values["stages"]
+    for stage in (first, second):
+        stage["distillation"]["max_steps"] = 2
+    first["target"], first["criterion"] = {"num_experts": 3}, "reap"
+    second["target"] = {"num_experts": 2, "expert_width": 16}
+    second |= {"criterion": "energy", "expert_criterion": "frequency"}
+    distillation = {**second["distillation"], "router_logits_weight": 0.1}
+    watched = {**values, "stages": [first, {**second, "distillation": distillation}]}
+    with pytest.raises(ValueError, match=r"stages\.1\.distillation: router_logits_weight=0\.1 .* num_experts 2 and 4"):
+        run_recipe(write_recipe(tmp_path, watched), tmp_path / "watched")
+    assert not (tmp_path / "watched").exists(), "refused before anything was scored"
+    found = run_recipe(write_recipe(tmp_path, values), tmp_path / "run")
+    assert found is not None
+    for model in found.models:
+        assert model.total_parameters == count_parameters(load_model(tmp_path / "run" / model.path))[0]
+    final = load_model(tmp_path / "run" / "model")
+    assert [tuple(final.model.layers[1].mlp.experts.down_proj.shape)] == [(2, 32, 16)]
+    assert tuple(final.model.layers[1].mlp.router.weight.shape) == (2, 32)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "neurons and experts were scored on real text" in card
+    assert "every layer from 4 to 2 experts, every expert from 32 to 16 neurons" in card and "experts stay" not in card
+    assert "| experts per layer | 4 → 3 | 3 → 2 |" in card and "`reap`, " in card and "`frequency`, " in card
+    kept = draw([tmp_path / "run"], tmp_path / "plots")[0]
+    assert "Cut: layers to 2 of 4 experts" in json.loads(kept.json.read_text())["title"]

@@ -31,6 +31,7 @@ def fake_stats(model, seed: int = 0) -> ExpertStats:
             sequences=10, data_sha256="d", model_sha256="m",
         ),
         tokens_LE=100 * numbers(*neuron[:2]).round(decimals=2),
+        router_gram_LEE=numbers(*neuron[:2], shape.num_experts),
         **{name: numbers(*neuron[:2]) for name in ExpertStats.EXPERT_SUMS},
         **{name: numbers(*neuron) for name in (*ExpertStats.NEURON_SUMS, "input_norm_LEF", "down_norm_LEF")},
         **{name: numbers(*head) for name in (*ExpertStats.HEAD_SUMS, "head_out_norm_AH")},

@@ -80,7 +80,8 @@ def blank(monkeypatch: pytest.MonkeyPatch) -> None:
 def made_up_run(folder: Path, family: str, target: Target, criterion: str = "taylor") -> Path:
     """A run's folder around real statistics and a real plan: everything else is made up."""
     stats = collect_stats(tiny_model(family), [tiny_batch()], loss="lm")
-    plan = make_plan(stats, target, criterion)
+    experts, _, neurons = criterion.rpartition("_and_")
+    plan = make_plan(stats, target, neurons, expert_criterion=experts or None)
     (folder / "stage-1").mkdir(parents=True)
     stats.save(folder / "stage-1" / "stats.safetensors")
     plan.save(folder / "stage-1" / "plan")
@@ -308,6 +309,44 @@ def test_every_criterion_can_be_shown(tmp_path: Path):
         assert isinstance(scores, Scores) and scores.stages[0].criterion == criterion
 
 
+def test_dropped_experts_are_empty_cells_and_in_the_words(tmp_path: Path):
+    folder = made_up_run(tmp_path / "run", "mixtral", Target(expert_width=8, num_experts=3), "frequency_and_energy")
+    stats, plan = (
+        ExpertStats.load(folder / "stage-1" / "stats.safetensors"),
+        CompressionPlan.load(folder / "stage-1" / "plan"),
+    )
+    pictures, notes = read_pictures([folder])
+    kept, scores = pictures["kept"], pictures["scores"]
+    assert isinstance(kept, Kept) and isinstance(scores, Scores) and list(pictures) == NAMES and notes == []
+    stage = kept.stages[0]
+    gone = [(layer, e) for layer in (0, 1) for e in range(NUM_EXPERTS) if e not in plan.experts[layer].tolist()]
+    assert len(gone) == 2 and stage.dropped == gone
+    assert "kept 3 of 4 experts per layer and 25% of every expert's neurons" in stage.words
+    assert "Cut: layers to 3 of 4 experts, experts to 25%" in kept.title
+    values = CRITERIA["energy"](stats, 0).neurons_LEF
+    for layer, row in enumerate(stage.known_shares):
+        np.testing.assert_allclose(
+            stage.score_share[layer], stats.tokens_LE[layer] / stats.tokens_LE[layer].mean(), atol=1e-6
+        )
+        for place, expert in enumerate(plan.experts[layer].tolist()):
+            own = values[layer, expert]
+            assert row[expert] == pytest.approx(float(own[plan.neurons[layer][place]].sum() / own.sum()), abs=1e-6)
+        assert [e for e, share in enumerate(row) if share != share] == [e for at, e in gone if at == layer]
+    counted = scores.stages[0]
+    assert sum(counted.kept) + counted.kept_below == 2 * 3 * 8
+    assert sum(counted.dropped) + counted.dropped_below == 2 * 3 * 24
+    assert png(kept) and png(scores)
+
+
+def test_experts_alone_are_drawn_by_the_criterion_that_chose_them(tmp_path: Path):
+    folder = made_up_run(tmp_path / "run", "olmoe", Target(num_experts=2), "reap")
+    kept = read_pictures([folder])[0]["kept"]
+    assert isinstance(kept, Kept) and kept.stages[0].words.startswith(
+        "Stage 1 kept 2 of 4 experts per layer with all their"
+    )
+    assert kept.title == "Cut: layers to 2 of 4 experts" and png(kept)
+
+
 def test_groups_alone_leave_no_score_histogram(blank: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made_up_run(tmp_path / "run", "mixtral", Target(kv_groups=1))
     assert [plot.name for plot in draw([folder], tmp_path / "plots")] == [name for name in NAMES if name != "scores"]
@@ -460,7 +499,8 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
     kept = [
         KeptStage(
             stage=n, criterion="output_fisher", calibration_loss="kd_topk", width_before=6400 // n, width_after=6400 // (n + 1),
-            groups_before=8, groups_after=5, layers=rows, kept_share=matrix(0.3, 1), score_share=matrix(0.01, 9),
+            groups_before=8, groups_after=5, experts_before=experts, experts_after=experts - 1,
+            dropped=[(row, n % experts) for row in rows], layers=rows, kept_share=matrix(0.3, 1), score_share=matrix(0.01, 9),
             unreached=[(rows[-1], experts - 1)], groups_kept=[[0, 1, 3, 5, 7]] * layers,
         )
         for n in range(1, stages + 1)

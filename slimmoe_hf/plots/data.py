@@ -86,7 +86,7 @@ def _of_one_run(run: Run) -> list[tuple[Picture | None, str]]:
          f"kept is left out: {gone}."),
         (Scores(run=run.name, stages=scores) if scores else None,
          f"scores is left out: {gone if not kept else 'no stage narrows the experts'}."),
-        (router, "router_load is left out: the run was made before expert load was measured."),
+        (router, "router_load is left out: the run measured no expert load."),
         (losses, "losses is left out: the trainer logged none. Lower logging_steps."),
     ]  # fmt: skip
 
@@ -185,11 +185,16 @@ def router_loads(run: Run) -> RouterLoads | None:
         if logged and layers:
             stages.append(_drift(number, offset, logged))
         offset += length(history)
-    if len(maps) < len(ends) and not stages:
+    alike = len({tuple(each.layers) for each in maps}) == 1
+    maps = maps if len(maps) == len(ends) and alike else []  # a teacher with other layers is another model
+    if not maps and not stages:
         return None
-    alike = len({(tuple(each.layers), len(each.load[0])) for each in maps}) == 1
-    maps = maps if len(maps) == len(ends) and alike else []  # a teacher of another shape is another model
     already = set(collapsed_experts(torch.tensor(maps[0].load))) if maps else set()
+    in_teacher = len(already)
+    if maps and len(maps[0].load[0]) != len(
+        maps[1].load[0]
+    ):  # experts were dropped, and those that stay have new numbers
+        already = set()
     starved = _starved_in_training(run) if stages else {}
     if maps:
         load_LE = torch.tensor(maps[-1].load)
@@ -204,7 +209,7 @@ def router_loads(run: Run) -> RouterLoads | None:
     ]
     return RouterLoads(
         run=run.name, layers=layers, num_layers=run.plans[0].meta.before.layers, threshold=COLLAPSED, maps=maps, stages=stages,
-        collapsed=collapsed, starved_in_teacher=len(already),
+        collapsed=collapsed, starved_in_teacher=in_teacher,
     )  # fmt: skip
 
 
