@@ -292,8 +292,8 @@ class ResumableTrainer(Trainer):
         # The Trainer seeds in `__init__`: what ran since, such as a calibration that a second start can skip, would
         # decide the noise of the first steps.
         if folder is not None:
-            require_same_settings(folder, self.run_settings())
             _require_same_sharding(folder, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+            require_same_settings(folder, self.run_settings())
         self._forget_evaluation()
         set_seed(self.args.seed)
         return super().train(None if folder is None else str(folder), *args, **kwargs)
