@@ -14,7 +14,10 @@ LEAVES = {
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding",
 }  # fmt: skip
-SLIMMING = {"calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint"}
+SLIMMING = {
+    "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
+    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity",
+}  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
     "distilling", "seq2seq",
