@@ -297,11 +297,17 @@ def uninstall(model: PreTrainedModel) -> None:
             stock: Any = experts.stock(model.config)
         stock.gate_up_proj, stock.down_proj = _parameter(experts.gate_up_proj), _parameter(experts.down_proj)
         model.set_submodule(path, stock.train(experts.training))
-    for path, weight in factored_weights(model).items():
-        with torch.device("meta"):
-            linear = nn.Linear(weight.right.shape[-1], weight.left.shape[-2], bias=False)
-        linear.weight = _parameter(weight)
-        model.set_submodule(path, linear.train(weight.training))
+    linears: dict[int, nn.Linear] = {}
+    for path, weight in list(model.named_modules(remove_duplicate=False)):  # one that is shared stays so
+        if isinstance(weight, (FactoredWeight, PackedWeight)):
+            model.set_submodule(path, linears.setdefault(id(weight), _linear(weight)))
+
+
+def _linear(weight: Weight) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.right.shape[-1], weight.left.shape[-2], bias=False)
+    linear.weight = _parameter(weight)
+    return linear.train(weight.training)
 
 
 def _parameter(weight: Weight) -> nn.Parameter:

@@ -9,6 +9,7 @@ but the function to call, and `from_pretrained` of every stock class stops at it
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +25,20 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.atomic import replacing, write_text
-from slimmoe_hf.factored import PACKED, FactoredWeight, PackedWeight, Weight, factored_weights, install, pack, unpack
+from slimmoe_hf.factored import (
+    PACKED,
+    FactoredWeight,
+    PackedWeight,
+    Weight,
+    expert_matrices,
+    factored_weights,
+    install,
+    pack,
+    unpack,
+)
+from slimmoe_hf.loading import FACTORED
 from slimmoe_hf.shards import SINGLE
 
-ENTRY = "slimmoe_factored"
-"""The key of `config.json` that says that a checkpoint is factored."""
 _GUARD_KEY = "transformers_weights"
 _GUARD = "the experts here are factored; load them with slimmoe_hf.factored_checkpoint.load_factored(folder)"
 
@@ -78,11 +88,19 @@ class FactoredModel:
             save_factored(self, save_directory, state_dict)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `load_factored(folder, regrow=True)`; takes `dtype` and `output_loading_info` as transformers does."""
-        model = load_factored(folder, regrow=True, dtype=kwargs.get("dtype"), stock=cls.stock)
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        local_files_only: bool = True,
+    ) -> Any:
+        """As `load_factored(folder, regrow=True)`, with the arguments of transformers that apply; always strict."""
+        model = load_factored(folder, regrow=True, dtype=dtype, stock=cls.stock)
         report: dict[str, list[Any]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-        return (model, report) if kwargs.get("output_loading_info") else model
+        return (model, report) if output_loading_info else model
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -121,7 +139,7 @@ def save_factored(
     entry = FactoredEntry(architecture=model.stock.__name__, aliases=_aliases(model))
     values = model.config.to_dict()
     values |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
-    values |= {_GUARD_KEY: _GUARD, ENTRY: entry.model_dump()}
+    values |= {_GUARD_KEY: _GUARD, FACTORED: entry.model_dump()}
     with replacing(folder / SINGLE, overwrite=True) as partial:
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
     write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -169,11 +187,12 @@ def load_factored(
     folder = Path(folder)
     config, entry = _read_config(folder)
     model = _skeleton(config, stock or _stock_class(entry, folder))
-    for alias, first in entry.aliases.items():
-        model.set_submodule(alias, model.get_submodule(first))
     tensors = _read_tensors(folder / SINGLE, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    weights = _weights(model, tensors, regrow, folder)
     try:
-        install(model, _weights(tensors, regrow))
+        install(model, weights)
+        for alias, first in entry.aliases.items():
+            model.set_submodule(alias, model.get_submodule(first))
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except (RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -184,9 +203,8 @@ def load_factored(
     if left:
         kind = "left over" if left[0] in unexpected else "missing"
         raise ValueError(f"{folder / SINGLE}: {left[0]} is {kind} ({len(left)} such). Fetch or make it again.")
-    assert all(name in model.all_tied_weights_keys or name.startswith(tuple(entry.aliases)) for name in missing), (
-        missing
-    )
+    known = (*model.all_tied_weights_keys, *entry.aliases)
+    assert all(name.startswith(known) for name in missing), missing
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     model.__class__ = factored_class(type(model))
@@ -204,28 +222,42 @@ def _read_tensors(file: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     }
 
 
-def _weights(tensors: dict[str, Tensor], regrow: bool) -> dict[str, Weight]:
-    """The factored matrices of a checkpoint; with `regrow` S is unpacked in `tensors`."""
+def _weights(model: PreTrainedModel, tensors: dict[str, Tensor], regrow: bool, folder: Path) -> dict[str, Weight]:
+    """The factored matrices of a checkpoint, of the shapes the model has; with `regrow` S is unpacked in `tensors`."""
     found: dict[str, Weight] = {}
+    matrices = expert_matrices(model)
     for path in [name.removesuffix(".left") for name in tensors if name.endswith(".left")]:
-        left, right, rows, index = (tensors[f"{path}.{part}"] for part in ("left", "right", *PACKED))
+        left, right, rows, index = (
+            tensors.get(f"{path}.{part}", torch.empty(0)) for part in ("left", "right", *PACKED)
+        )
+        shape = (*left.shape[:-1], right.shape[-1])
+        whole = left.shape[-1:] == right.shape[-2:-1] and rows.shape == (len(index), shape[-1])
+        if path not in matrices or shape != tuple(matrices[path].shape) or not whole or not _ascending(index, shape):
+            raise ValueError(
+                f"{folder}: {path} is not what config.json makes of it. Bring the two that belong together."
+            )
         if regrow:
-            sparse = unpack(rows, index, (*left.shape[:-1], right.shape[-1]))
+            sparse = tensors[f"{path}.sparse"] = unpack(rows, index, shape)
             found[path] = FactoredWeight(left, right, sparse)
-            tensors[f"{path}.sparse"] = sparse
             del tensors[f"{path}.rows"], tensors[f"{path}.index"]
         else:
             found[path] = PackedWeight(left, right, rows, index)
     return found
 
 
+def _ascending(index: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether an index names rows of an S of this shape, each once, in order."""
+    bounds = torch.tensor([-1, math.prod(shape[:-1])])
+    return index.dtype == torch.int32 and bool((torch.cat([bounds[:1], index, bounds[1:]]).diff() > 0).all())
+
+
 def _read_config(folder: Path) -> tuple[PreTrainedConfig, FactoredEntry]:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        entry = FactoredEntry.model_validate(values.pop(ENTRY))
+        entry = FactoredEntry.model_validate(values.pop(FACTORED))
     except (OSError, KeyError, AttributeError, ValueError, ValidationError) as error:
         raise ValueError(
-            f"{folder}: not a factored checkpoint of this version of slimmoe_hf (config.json lacks a good {ENTRY!r}). "
+            f"{folder}: not a factored checkpoint of this version of slimmoe_hf (config.json lacks a good {FACTORED!r}). "
             "Stock ones load with from_pretrained."
         ) from error
     if entry.version != 1:
@@ -236,7 +268,7 @@ def _read_config(folder: Path) -> tuple[PreTrainedConfig, FactoredEntry]:
 
 
 def _stock_class(entry: FactoredEntry, folder: Path) -> type[PreTrainedModel]:
-    stock = vars(transformers).get(entry.architecture) or getattr(transformers, entry.architecture, None)
+    stock = getattr(transformers, entry.architecture, None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise ValueError(f"{folder}: transformers has no model {entry.architecture!r}. Pass its class as stock=.")
     return stock

@@ -41,8 +41,8 @@ def factor_experts(model: M, rank: int = RANK) -> M:
     In Switch the first sparse encoder layer is left alone (paper). An optimizer made before holds the old parameters.
 
     Args:
-        model: Whole, on real devices: a family of `FAMILIES`, or Switch Transformers. Experts that were merged and are
-            one and the same module are factored once.
+        model: Whole, on real devices: a family of `FAMILIES`, or Switch Transformers. Experts that were merged and share
+            their module or their weights are factored once.
         rank: r, a multiple of 8, less than the smaller side of every matrix.
 
     Returns:
@@ -57,12 +57,17 @@ def factor_experts(model: M, rank: int = RANK) -> M:
     matrices = expert_matrices(model, factorable(model))
     for path, matrix in matrices.items():
         _refuse(path, matrix, rank)
+    owners: dict[int, str] = {}
+    first = {path: owners.setdefault(id(matrix), path) for path, matrix in matrices.items()}
+    made: dict[str, FactoredWeight] = {}
     with torch.no_grad():
-        for parent in dict.fromkeys(path.rpartition(".")[0] for path in matrices):
-            own = [
-                path for path in matrices if path.rpartition(".")[0] == parent
-            ]  # few at a time: dense ones go at once
-            install(model, {path: FactoredWeight.of(matrices.pop(path), rank) for path in own})
+        for parent in dict.fromkeys(path.rpartition(".")[0] for path in first):
+            own = [path for path in first if path.rpartition(".")[0] == parent]  # few at a time: dense ones go at once
+            for path in own:
+                matrix = matrices.pop(path)
+                if first[path] not in made:
+                    made[first[path]] = FactoredWeight.of(matrix, rank)
+            install(model, {path: made[first[path]] for path in own})
     model.__class__ = factored_class(type(model))
     return model
 
@@ -124,10 +129,14 @@ def stable_ranks(model: PreTrainedModel) -> dict[str, Tensor]:
         Path of the experts module and name of the matrix (`...mlp.experts.down_proj`, `...mlp.experts.wi`) -> `[E]`.
     """
     found: dict[str, list[Tensor]] = {}
-    for path, matrix in expert_matrices(model).items():
+    matrices, seen = expert_matrices(model), set[int]()
+    for path, matrix in matrices.items():
         parts = path.split(".")
         if model.config.model_type == SWITCH:
             del parts[-2]  # the expert's own name
+        if id(matrix) in seen:
+            continue
+        seen.add(id(matrix))
         dense = matrix.dense() if isinstance(matrix, (FactoredWeight, PackedWeight)) else matrix
         found.setdefault(".".join(parts), []).append(stable_rank(dense).flatten())
     return {name: torch.cat(ranks) for name, ranks in found.items()}

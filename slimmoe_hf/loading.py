@@ -22,6 +22,8 @@ from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+FACTORED = "slimmoe_factored"
+"""The key of a `config.json` that says that a checkpoint's experts are factored (`factored_checkpoint` writes it)."""
 DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 
@@ -78,11 +80,17 @@ def load_config(path: Path) -> PreTrainedConfig:
     """A checkpoint's config.
 
     Raises:
-        ValueError: It is missing, not JSON, or not a config that transformers knows.
+        ValueError: It is missing, not JSON, not a config that transformers knows, or of a model with factored experts.
     """
     file = path / "config.json"
-    if not isinstance(_read_json(file), dict):
+    values = _read_json(file)
+    if not isinstance(values, dict):
         raise ValueError(f"{file}: not a model's config: expected a JSON object.")
+    if FACTORED in values:
+        raise ValueError(
+            f"{path}: its experts are factored, and this takes stock checkpoints. Make one of it with "
+            "densify(load_factored(folder)).save_pretrained(other_folder), from slimmoe_hf."
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:

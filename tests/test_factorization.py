@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, tiny_batch, tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from slimmoe_hf import DistillationTrainer
+from slimmoe_hf.cli import main
 from slimmoe_hf.factored import FactoredWeight, PackedWeight, expert_matrices, factorable, factored_weights
 from slimmoe_hf.factored_checkpoint import load_factored, save_factored
 from slimmoe_hf.factored_size import count_factored, switch_flops
@@ -36,12 +38,12 @@ from slimmoe_hf.shards import read_header
 from slimmoe_hf.sparsity import STATE, SparsityCallback, SparsitySchedule
 
 RANK = 8
-MODELS = (*FAMILY_NAMES, "switch", "switch-merged")
+MODELS = (*FAMILY_NAMES, "switch", "switch-merged", "switch-tied")
 SWITCH_BASE_32 = {"d_ff": 3072, "num_experts": 32, "num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6}
 
 
 def model_of(kind: str) -> PreTrainedModel:
-    """A decoder of a fused family, or a Switch, as it is or with experts that are one and the same."""
+    """A decoder of a fused family, or a Switch, as it is or with experts that share their module or their weights."""
     if kind in FAMILY_NAMES:
         return tiny_model(kind)
     torch.manual_seed(0)
@@ -54,6 +56,10 @@ def model_of(kind: str) -> PreTrainedModel:
     if kind == "switch-merged":
         for experts in factorable(model).values():
             experts["expert_3"] = experts["expert_1"]
+    if kind == "switch-tied":
+        for experts in factorable(model).values():
+            for matrix in ("wi", "wo"):
+                getattr(experts["expert_3"], matrix).weight = getattr(experts["expert_1"], matrix).weight
     return model
 
 
@@ -63,11 +69,15 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def prune(model: PreTrainedModel, share: float = 0.75) -> PreTrainedModel:
-    """Zero the first rows of every S: of fused experts this empties some and leaves the others whole."""
+    """Zero a share of the rows of every S, drawn by chance; the first of fused experts keeps none."""
+    chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in factored_weights(model).values():
             rows = weight.sparse.view(-1, weight.sparse.shape[-1])
-            rows[: round(share * len(rows))] = 0
+            empty = weight.sparse.shape[-2] if weight.sparse.dim() == 3 else 0
+            others = empty + torch.randperm(len(rows) - empty, generator=chance)
+            rows[:empty] = 0
+            rows[others[: round(share * len(rows)) - empty]] = 0
     return model
 
 
@@ -180,7 +190,7 @@ def test_a_bfloat16_model_stays_bfloat16(kind, tmp_path):
     assert next(load_factored(tmp_path, dtype="float32").parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "switch-merged"])
+@pytest.mark.parametrize("kind", ["olmoe", "switch-merged", "switch-tied"])
 def test_the_files_bytes_are_the_parameters_counted(kind, tmp_path):
     """The parameters in memory and four bytes a kept row, and nothing else but the header."""
     model = prune(factor_experts(model_of(kind), RANK))
@@ -203,7 +213,8 @@ def test_a_densified_model_is_a_stock_one(kind, tmp_path):
     dense = densify(load_factored(tmp_path / "packed"))
     assert type(dense) is type(model_of(kind))
     torch.testing.assert_close(logits(dense), expected, rtol=1e-5, atol=2e-5)
-    if kind == "switch-merged":
+    if kind in ("switch-merged", "switch-tied"):
+        assert sum(p.numel() for p in dense.parameters()) == sum(p.numel() for p in model_of(kind).parameters())
         return  # experts that are one and the same need a form of their own, factored or not
     dense.save_pretrained(tmp_path / "dense")
     auto = AutoModelForSeq2SeqLM if kind == "switch" else AutoModelForCausalLM
@@ -225,23 +236,48 @@ def test_no_stock_class_loads_a_packed_folder_with_invented_experts(kind, tmp_pa
         type(model_of(kind)).from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
+def test_commands_say_what_to_do_with_a_packed_folder(tmp_path, capsys):
+    factor_experts(tiny_model("olmoe"), RANK).save_pretrained(tmp_path)
+    assert main(["size", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:") and "densify(load_factored(folder))" in error
+    assert "\n" not in error
+
+
+def _swap_weights(folder: Path, **overrides) -> None:
+    """Put another model's weights beside the config."""
+    factor_experts(tiny_model("olmoe", **overrides), RANK).save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other/model.safetensors", folder)
+
+
+def _change_tensor(folder: Path, name: str, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    full = next(key for key in tensors if key.endswith(name))
+    tensors[full] = change(tensors[full])
+    save_file(tensors, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
         (lambda folder: (folder / "config.json").unlink(), "not a factored checkpoint"),
         (lambda folder: tiny_model("olmoe").config.save_pretrained(folder), "not a factored checkpoint"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"1234"), "cannot be read"),
-        (lambda folder: factor_experts(tiny_model("olmoe", num_hidden_layers=1), 8).save_pretrained(folder.parent / "x")
-         or shutil.copy(folder.parent / "x/model.safetensors", folder), "is missing"),
-        (lambda folder: factor_experts(tiny_model("olmoe", num_hidden_layers=3), 8).save_pretrained(folder.parent / "x")
-         or shutil.copy(folder.parent / "x/model.safetensors", folder), "does not hold the weights of this model"),
+        (lambda folder: _swap_weights(folder, num_hidden_layers=1), "is missing"),
+        (lambda folder: _swap_weights(folder, num_hidden_layers=3), "is not what config.json makes of it"),
+        (lambda folder: _swap_weights(folder, intermediate_size=40), "is not what config.json makes of it"),
+        (lambda folder: _change_tensor(folder, "down_proj.index", lambda t: t + 1), "is not what config.json makes of it"),
+        (lambda folder: _change_tensor(folder, "down_proj.index", lambda t: t.flip(0)), "is not what config.json makes of it"),
+        (lambda folder: _change_tensor(folder, "down_proj.rows", lambda t: t[1:].clone()), "is not what config.json makes of it"),
+        (lambda folder: _change_tensor(folder, "lm_head.weight", lambda t: t[1:].clone()), "does not hold the weights"),
     ],
 )  # fmt: skip
 def test_a_damaged_packed_folder_is_named(harm, named, tmp_path):
     factor_experts(tiny_model("olmoe"), RANK).save_pretrained(tmp_path / "model")
     harm(tmp_path / "model")
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as caught:
         load_factored(tmp_path / "model")
+    assert "\n" not in str(caught.value)
 
 
 # The callback
@@ -447,7 +483,7 @@ def test_stable_rank_of_known_matrices():
     assert stable_rank(torch.diag(torch.tensor([2.0, 1, 1])).expand(5, 3, 3)).tolist() == pytest.approx([1.5] * 5)
 
 
-@pytest.mark.parametrize("kind", ["phimoe", "switch-merged"])
+@pytest.mark.parametrize("kind", ["phimoe", "switch-merged", "switch-tied"])
 def test_stable_ranks_are_per_layer_and_compared(kind):
     before = stable_ranks(model_of(kind))
     model = factor_experts(model_of(kind), RANK)
@@ -455,10 +491,10 @@ def test_stable_ranks_are_per_layer_and_compared(kind):
         for weight in factored_weights(model).values():
             weight.sparse.zero_()
     changes = compare_stable_ranks(before, stable_ranks(model))
-    layers = len(factorable(model)) + (kind == "switch-merged")
+    layers = len(factorable(model)) + (kind != "phimoe")
     assert len(changes) == 2 * layers
     assert changes[-1].experts_before == (4 if kind == "phimoe" else 3)
-    assert all(row.after <= RANK and row.change < 0 for row in changes[2 * (kind == "switch-merged") :])
+    assert all(row.after <= RANK and row.change < 0 for row in changes[2 * (kind != "phimoe") :])
     assert stable_rank_table(changes).count("\n") == len(changes)
 
 
