@@ -104,6 +104,15 @@ def test_the_low_rank_part_is_the_best_of_its_rank_and_balanced(kind):
         torch.testing.assert_close(gram_left, gram_right, rtol=1e-4, atol=1e-4)
 
 
+def test_a_matrix_of_low_rank_leaves_nothing_to_the_sparse_part():
+    """Rank 3, asked for 8, tall and wide: no division by what is not there."""
+    for shape in ((40, 24), (24, 40)):
+        weight = torch.randn(2, shape[0], 3) @ torch.randn(2, 3, shape[1])
+        factored = FactoredWeight.of(weight, RANK)
+        assert factored.sparse.abs().max() < 1e-5 < factored.left.abs().max()
+        torch.testing.assert_close(factored.dense(), weight)
+
+
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["mixtral", "switch"])
@@ -171,6 +180,8 @@ def test_a_packed_folder_reloads_bit_for_bit(kind, tmp_path):
         assert name == other_name
         assert torch.equal(one, other), name
     assert torch.equal(logits(whole), logits(model))
+    assert whole.config.architectures == [type(model_of(kind)).__name__]
+    assert all(p.data_ptr() % 64 == 0 for p in whole.parameters()), "as in a file: products round otherwise there"
     packed = load_factored(tmp_path / "a")
     for (path, one), other in zip(factored_weights(model).items(), factored_weights(packed).values(), strict=True):
         assert torch.equal(one.dense(), other.dense()), path
@@ -257,6 +268,11 @@ def _change_tensor(folder: Path, name: str, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def _add_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(3)}, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
@@ -269,6 +285,7 @@ def _change_tensor(folder: Path, name: str, change) -> None:
         (lambda folder: _change_tensor(folder, "down_proj.index", lambda t: t + 1), "is not what config.json makes of it"),
         (lambda folder: _change_tensor(folder, "down_proj.index", lambda t: t.flip(0)), "is not what config.json makes of it"),
         (lambda folder: _change_tensor(folder, "down_proj.rows", lambda t: t[1:].clone()), "is not what config.json makes of it"),
+        (lambda folder: _add_tensor(folder), r"model\.extra is left over"),
         (lambda folder: _change_tensor(folder, "lm_head.weight", lambda t: t[1:].clone()), "does not hold the weights"),
     ],
 )  # fmt: skip
