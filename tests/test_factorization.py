@@ -324,7 +324,8 @@ def trainer(folder, callback, model=None, kind=Trainer, watch=None, **changes):
     }  # fmt: skip
     return kind(
         model=model or factor_experts(tiny_model("olmoe"), RANK), args=TrainingArguments(output_dir=str(folder), **values),
-        train_dataset=rows(), processing_class=tiny_tokenizer(), callbacks=[callback, *([watch] if watch else [])],
+        train_dataset=rows(), eval_dataset=rows(4), processing_class=tiny_tokenizer(),
+        callbacks=[callback, *([watch] if watch else [])],
     )  # fmt: skip
 
 
@@ -435,6 +436,17 @@ def test_the_mark_of_a_checkpoint_vouches_for_the_state(tmp_path):
     (tmp_path / "checkpoint-6" / STATE).unlink()
     with pytest.raises(ValueError, match=f"{STATE} is missing"):
         require_complete(tmp_path / "checkpoint-6")
+
+
+def test_a_checkpoint_that_nobody_announced_has_the_state_too(tmp_path):
+    """That the best model is to be saved is known after the evaluation alone."""
+    run = trainer(
+        tmp_path, SparsityCallback(0.1), save_strategy="best", eval_strategy="steps", eval_steps=3, max_steps=6,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    run.train()
+    saved = list(tmp_path.glob("checkpoint-*"))
+    assert saved and all((folder / STATE).is_file() for folder in saved)
 
 
 @pytest.mark.parametrize(
