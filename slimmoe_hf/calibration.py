@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import family_of, layer_views, moe_layers, shape_of
+from slimmoe_hf.families import LayerView, family_of, layer_views, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint, model_sha256
 from slimmoe_hf.losses import cross_entropy, forward_kl
 from slimmoe_hf.stats import ExpertStats, StatsMeta
-from slimmoe_hf.taps import Batch, ExpertSums, HeadSums, Sweep, tapped
+from slimmoe_hf.taps import Batch, Sweep, tapped
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(logits_NV, teacher_logits_NV, labels_N) -> loss_N`, one value per predicted token."""
@@ -106,38 +106,74 @@ def collect_stats(
     Raises:
         ValueError: Unknown family or loss, no data, or a loss that is not finite (named by batch).
     """
-    if isinstance(loss, str) and loss not in CALIBRATION_LOSSES:
-        raise ValueError(
-            f"calibration loss {loss!r} is unknown; use one of {', '.join(CALIBRATION_LOSSES)} or a function."
-        )
-    token_loss = CALIBRATION_LOSSES[loss] if isinstance(loss, str) else loss
+    token_loss = loss_named(loss)
     family_of(model.config)
-    sweep, digest, counts = Sweep(), hashlib.sha256(), {"tokens": 0, "sequences": 0}
+    sweep, seen, views = Sweep(), Seen(), layer_views(model)
     total = len(dataloader) if isinstance(dataloader, Sized) else None
-    with _frozen(model), tapped(model, sweep, expert_outputs) as (expert_sums, head_sums):
+    with _frozen(model), tapped(model, views, sweep, expert_outputs) as sums:
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
             _backward(model, teacher, token_loss, batch, number)
-            counts["tokens"] += int(sweep.valid_N.sum())
-            counts["sequences"] += sweep.sequences
-            _hash_rows(digest, batch["input_ids"], sweep.valid_N)
-    tensors = _stack(expert_sums, head_sums)
-    digests = _reduce(tensors, counts, digest.hexdigest())
-    if counts["tokens"] == 0:
-        raise ValueError("the calibration data has no tokens. Give at least one sequence.")
+            seen.add(batch["input_ids"], sweep)
+    tensors = stack_layers([each.tensors() for each in sums])
+    data_sha256 = _reduce(tensors, seen)
+    seen.require_tokens()
     meta = StatsMeta(
         family=model.config.model_type,
-        config=_config(model),
+        config=stored_config(model.config),
         layers=[index for index, _, _ in moe_layers(model)],
         loss=loss if isinstance(loss, str) else loss.__name__,
-        data_sha256=digests,
+        data_sha256=data_sha256,
         model_sha256=model_sha256(model),
         fingerprint=model_fingerprint(model),
         teacher_sha256=model_sha256(teacher) if teacher is not None else None,
-        **counts,
+        tokens=seen.tokens,
+        sequences=seen.sequences,
     )
-    return ExpertStats(meta=meta, **tensors, **_weight_norms(model))
+    norms = stack_layers([layer_norms(model.config, view) for view in views])
+    return ExpertStats(meta=meta, **tensors, **norms)
+
+
+def loss_named(loss: str | TokenLoss) -> TokenLoss:
+    """The calibration loss of a name; a function is one already. Raises ValueError for an unknown name."""
+    if not isinstance(loss, str):
+        return loss
+    if loss not in CALIBRATION_LOSSES:
+        raise ValueError(
+            f"calibration loss {loss!r} is unknown; use one of {', '.join(CALIBRATION_LOSSES)} or a function."
+        )
+    return CALIBRATION_LOSSES[loss]
+
+
+class Seen:
+    """What text a sweep has seen.
+
+    Attributes:
+        tokens: Padding excluded. sequences: How many they came in.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.tokens = self.sequences = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, ids: Tensor, sweep: Sweep) -> None:
+        """Count a batch that `sweep` was started with."""
+        self.tokens += int(sweep.valid_N.sum())
+        self.sequences += sweep.sequences
+        for row, valid in zip(ids.cpu(), sweep.valid_N.view_as(ids).cpu(), strict=True):
+            self._digest.update(row[valid].long().numpy().tobytes() + b"|")
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens of all rows, padding left out: it does not depend on the batch size."""
+        return self._digest.hexdigest()
+
+    def require_tokens(self) -> None:
+        """Raise ValueError if there were none."""
+        if self.tokens == 0:
+            raise ValueError("the calibration data has no tokens. Give at least one sequence.")
 
 
 def _backward(
@@ -157,76 +193,62 @@ def _backward(
             vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
             logits_NV, teacher_NV = logits_NV[:, :vocabulary], teacher_NV[:, :vocabulary]
         value = loss(logits_NV, teacher_NV, labels_N[predicted]).sum()
+    require_finite(value, number)
+    value.backward()  # type: ignore[no-untyped-call]
+
+
+def require_finite(value: Tensor, number: int) -> None:
+    """Raise ValueError if the calibration loss of batch `number` is not a number."""
     if not bool(torch.isfinite(value)):
         raise ValueError(
             f"the calibration loss of batch {number} is {value.item()}: the model's weights or logits are not finite "
             "in this dtype. Load it in float32, and check the checkpoint."
         )
-    value.backward()  # type: ignore[no-untyped-call]
 
 
-def _hash_rows(digest: Any, ids: Tensor, valid_N: Tensor) -> None:
-    """Add the tokens of each row, padding left out: the hash does not depend on the batch size."""
-    for row, valid in zip(ids.cpu(), valid_N.view_as(ids).cpu(), strict=True):
-        digest.update(row[valid].long().numpy().tobytes() + b"|")
-
-
-def _config(model: PreTrainedModel) -> dict[str, Any]:
+def stored_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The config as JSON has it, without the path it was loaded from: what statistics say must not depend on a place."""
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)
-    return config
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)
+    return values
 
 
-def _stack(expert_sums: list[ExpertSums], head_sums: list[HeadSums]) -> dict[str, Tensor]:
-    tensors = {name: torch.stack([s.neuron[name] for s in expert_sums]) for name in ExpertStats.NEURON_SUMS}
-    tensors |= {name: torch.stack([s.expert[name] for s in expert_sums]) for name in ExpertStats.EXPERT_SUMS}
-    tensors |= {name: torch.stack([s.head[name] for s in head_sums]) for name in ExpertStats.HEAD_SUMS}
-    tensors["router_gram_LEE"] = torch.stack([s.gram for s in expert_sums])
-    outputs = [s.outputs for s in expert_sums if s.outputs is not None]
-    tensors |= {"output_sum_LED": torch.stack(outputs)} if outputs else {}
-    tensors["tokens_LE"] = torch.stack([s.tokens for s in expert_sums])
-    return tensors
+def stack_layers(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of all layers, by name, with an axis for the layers that have them."""
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {name: torch.stack([layer[name] for layer in layers if name in layer]) for name in names}
 
 
-def _reduce(tensors: dict[str, Tensor], counts: dict[str, int], digest: str) -> str:
-    """Add up over processes, in place; the data's hash becomes the hash of all shares in rank order."""
+def _reduce(tensors: dict[str, Tensor], seen: Seen) -> str:
+    """Add up over processes, in place; the data's hash, which becomes the hash of all shares in rank order."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return digest
+        return seen.sha256
     for tensor in tensors.values():
         distributed.all_reduce(tensor)
     shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, (digest, dict(counts)))
-    for key in counts:
-        counts[key] = sum(share[1][key] for share in shares)
+    distributed.all_gather_object(shares, (seen.sha256, seen.tokens, seen.sequences))
+    seen.tokens, seen.sequences = (sum(share[place] for share in shares) for place in (1, 2))
     return hashlib.sha256("".join(share[0] for share in shares).encode()).hexdigest()
 
 
 @torch.no_grad()
-def _weight_norms(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Euclidean norms of each neuron's weights and of each group's heads."""
-    shape, layout = shape_of(model.config), family_of(model.config).layout
-    neuron, head_out, group = [], [], []
-    for _, experts, _router in moe_layers(model):
-        up, down = getattr(experts, layout.gate_up), getattr(experts, layout.down)
+def layer_norms(config: PreTrainedConfig, view: LayerView) -> dict[str, Tensor]:
+    """Euclidean norms of the weights of a layer's neurons and groups, by their names in `ExpertStats`."""
+    shape, layout, found = shape_of(config), family_of(config).layout, {}
+    if view.experts is not None:
+        weights: dict[str, Tensor] = dict(view.experts.named_parameters())
+        up, down = weights[layout.gate_up], weights[layout.down]
         index = torch.arange(shape.expert_width, device=up.device).unsqueeze(-1)
         rows = layout.input_index(index, shape.expert_width)
         squares = torch.stack([e.float().square().sum(1 - layout.input_axis)[rows].sum(-1) for e in up])
         norms = torch.stack([e.float().square().sum(1 - layout.down_axis) for e in down])
-        neuron.append((squares.sqrt(), norms.sqrt()))
-    for view in layer_views(model):
-        attention: Any = view.attention
-        out = attention.o_proj.weight.float().square().sum(0).view(shape.query_heads, -1).sum(-1)
-        parts = [
-            projection.weight.float().square().sum(1).view(shape.kv_groups, -1).sum(-1)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ]
-        group.append((sum(parts) + out.view(shape.kv_groups, -1).sum(-1)).sqrt())
-        head_out.append(out.sqrt())
-    return {
-        "input_norm_LEF": torch.stack([n[0] for n in neuron]).double(),
-        "down_norm_LEF": torch.stack([n[1] for n in neuron]).double(),
-        "head_out_norm_AH": torch.stack(head_out).double(),
-        "group_norm_AG": torch.stack(group).double(),
-    }
+        found = {"input_norm_LEF": squares.sqrt().double(), "down_norm_LEF": norms.sqrt().double()}
+    attention: Any = view.attention
+    out = attention.o_proj.weight.float().square().sum(0).view(shape.query_heads, -1).sum(-1)
+    parts = [
+        projection.weight.float().square().sum(1).view(shape.kv_groups, -1).sum(-1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    group = (sum(parts) + out.view(shape.kv_groups, -1).sum(-1)).sqrt()
+    return {**found, "head_out_norm_AH": out.sqrt().double(), "group_norm_AG": group.double()}

@@ -18,12 +18,17 @@ from slimmoe_hf.sharding import whole
 
 @torch.no_grad()
 def model_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, the same in every dtype that holds them exactly: values are hashed as float32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        for part in tensor if tensor.dim() > 2 else [tensor]:
-            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+    """SHA-256 of a model's weights, the same in every dtype that holds them exactly, and in whatever order they are read."""
+    return combined({name: tensor_sha256(tensor) for name, tensor in model.state_dict().items()})
+
+
+@torch.no_grad()
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a weight's shape and of its values as float32."""
+    digest = hashlib.sha256(f"{list(tensor.shape)}".encode())
+    for part in tensor if tensor.dim() > 2 else [tensor]:
+        values: Any = part.detach().float().cpu().contiguous().numpy()
+        digest.update(values)
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ Q sequences in a batch, A layers with attention, H query heads, C head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from slimmoe_hf.families import layer_views, moe_layers, shape_of
+from slimmoe_hf.families import LayerView, Shape, shape_of
 from slimmoe_hf.stats import ExpertStats
 
 Batch = Mapping[str, Tensor]
@@ -30,6 +30,7 @@ class Sweep:
     sequence_N: Tensor
     valid_N: Tensor
     sequences: int
+    listening = False  # until a batch is known, forward passes leave no trace
 
     def start(self, batch: Batch) -> None:
         ids = batch["input_ids"]
@@ -42,6 +43,7 @@ class Sweep:
         self.sequence_N = starts.flatten().cumsum(0) - 1
         self.valid_N = mask.flatten().bool()
         self.sequences = int(self.sequence_N[-1]) + 1
+        self.listening = True
 
 
 def _accumulator(device: torch.device, *shape: int) -> Tensor:
@@ -69,12 +71,16 @@ class ExpertSums:
     @torch.no_grad()
     def record_outputs(self, out_SD: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
         """Add one forward pass's expert outputs, not yet weighted; pairs are sorted by expert."""
+        if not self.sweep.listening:
+            return
         norm_S = out_SD.float().norm(dim=-1) * gate_S.float() * self.sweep.valid_N[token_S]
         self.expert["gated_norm_LE"] += _sum_rows(norm_S, torch.bincount(expert_S, minlength=self.number))
 
     @torch.no_grad()
     def record_router(self, logits_NE: Tensor) -> None:
         """Add what the layer's router said in one forward pass."""
+        if not self.sweep.listening:
+            return
         logits_NE = logits_NE[self.sweep.valid_N].float()
         self.expert["probability_LE"] += logits_NE.softmax(-1).sum(0)
         self.gram += logits_NE.T @ logits_NE
@@ -82,7 +88,7 @@ class ExpertSums:
     @torch.no_grad()
     def record_all_outputs(self, experts: Any, hidden_ND: Tensor) -> None:
         """Add what every expert makes of every token, where that is wanted."""
-        if self.outputs is not None:
+        if self.outputs is not None and self.sweep.listening:
             hidden_ND = hidden_ND[self.sweep.valid_N]
             for expert, (into, out) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
                 self.outputs[expert] += experts._apply_gate(hidden_ND @ into.T).float().sum(0) @ out.float().T
@@ -187,33 +193,53 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
 ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
 
 
+class LayerSums:
+    """Running sums of one layer."""
+
+    def __init__(self, view: LayerView, shape: Shape, sweep: Sweep, expert_outputs: bool = False) -> None:
+        projection: Any = view.attention.o_proj
+        device = projection.weight.device
+        self.heads = HeadSums(shape.query_heads, device, sweep)
+        self.experts: ExpertSums | None = None
+        if view.experts is not None:
+            self.experts = ExpertSums(view.experts, shape.expert_width, shape.num_experts, device, sweep)
+            if expert_outputs:
+                self.experts.outputs = _accumulator(device, shape.num_experts, shape.hidden_size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in `ExpertStats`, without the layer axis."""
+        if self.experts is None:
+            return dict(self.heads.head)
+        experts = self.experts
+        found = {**self.heads.head, **experts.neuron, **experts.expert, "router_gram_LEE": experts.gram}
+        if experts.outputs is not None:
+            found["output_sum_LED"] = experts.outputs
+        return {**found, "tokens_LE": experts.tokens}
+
+
 @contextmanager
 def tapped(
-    model: PreTrainedModel, sweep: Sweep, expert_outputs: bool = False
-) -> Iterator[tuple[list[ExpertSums], list[HeadSums]]]:
-    """Route the experts through `_scoring_experts`, listen to the routers and put a tap before every `o_proj`."""
-    shape, device = shape_of(model.config), model.device
-    expert_sums = []
+    model: PreTrainedModel, views: Sequence[LayerView], sweep: Sweep, expert_outputs: bool = False
+) -> Iterator[list[LayerSums]]:
+    """Route the experts of some layers through `_scoring_experts`, listen to their routers, tap the input of each `o_proj`."""
+    shape, found = shape_of(model.config), []
     before = model.config._experts_implementation
     with ExitStack() as stack:
-        for _, experts, router in moe_layers(model):
-            layer = _SUMS[experts] = ExpertSums(experts, shape.expert_width, shape.num_experts, device, sweep)
-            if expert_outputs:
-                layer.outputs = _accumulator(device, shape.num_experts, shape.hidden_size)
-            listen = router.register_forward_hook(
-                lambda _module, _args, output, layer=layer: layer.record_router(output[0].flatten(0, -2))
-            )
-            stack.callback(listen.remove)
-            expert_sums.append(layer)
-        head_sums = []
-        for view in layer_views(model):
-            sums = HeadSums(shape.query_heads, device, sweep)
+        for view in views:
+            sums = LayerSums(view, shape, sweep, expert_outputs)
             hook = view.attention.o_proj.register_forward_pre_hook(  # type: ignore[union-attr, operator]
-                lambda _module, args, sums=sums: (_HeadTap.apply(args[0], sums), *args[1:])
+                lambda _module, args, heads=sums.heads: (_HeadTap.apply(args[0], heads), *args[1:])
             )
             stack.callback(hook.remove)
-            head_sums.append(sums)
-        stack.callback(lambda: [_SUMS.pop(experts) for _, experts, _router in moe_layers(model)])
+            if view.experts is not None and sums.experts is not None:
+                _SUMS[view.experts] = sums.experts
+                stack.callback(_SUMS.pop, view.experts)
+            if view.router is not None and sums.experts is not None:
+                listen = view.router.register_forward_hook(
+                    lambda _module, _args, output, layer=sums.experts: layer.record_router(output[0].flatten(0, -2))
+                )
+                stack.callback(listen.remove)
+            found.append(sums)
         model.set_experts_implementation(_IMPLEMENTATION)
         stack.callback(model.set_experts_implementation, before)
-        yield expert_sums, head_sums
+        yield found
