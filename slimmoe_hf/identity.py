@@ -23,11 +23,11 @@ def model_sha256(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a weight's shape and of its values as float32."""
+def tensor_sha256(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of a weight's shape and of its values as float32, after rounding them to `dtype`."""
     digest = hashlib.sha256(f"{list(tensor.shape)}".encode())
     for part in tensor if tensor.dim() > 2 else [tensor]:
-        values: Any = part.detach().float().cpu().contiguous().numpy()
+        values: Any = part.detach().to(dtype or part.dtype).float().cpu().contiguous().numpy()
         digest.update(values)
     return digest.hexdigest()
 

@@ -1,0 +1,219 @@
+"""The calibration sweep for a model that is larger than memory: one decoder layer at a time, forth and back.
+
+All text goes through one layer before the next one is read. Then the loss is differentiated at the head, and the layers
+come again in reverse order: each is run once more on the inputs that were kept of it, and passes the gradient of these
+down. The taps, and so the statistics, are those of `calibration.collect_stats`.
+
+Shape letters: N predicted tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from rich import get_console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slimmoe_hf.atomic import replacing, write_text
+from slimmoe_hf.blocks import EMBEDDINGS, HEAD, REST, Blocks
+from slimmoe_hf.calibration import (
+    CALIBRATION_LOSSES,
+    Seen,
+    TokenLoss,
+    layer_norms,
+    loss_named,
+    next_tokens,
+    require_finite,
+    stack_layers,
+    stored_config,
+)
+from slimmoe_hf.identity import combined
+from slimmoe_hf.loading import weight_files
+from slimmoe_hf.stats import ExpertStats, StatsMeta
+from slimmoe_hf.taps import Batch, LayerSums, Sweep, tapped
+from slimmoe_hf.walk import Walk, WalkFolder
+
+CHUNK_BYTES = 1 << 26
+"""Of float32 logits at a time; a loss holds several tensors of that size."""
+
+
+def stream_stats(
+    path: Path,
+    batches: Iterable[Batch],
+    loss: str = "kd_topk",
+    *,
+    work: Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ExpertStats:
+    """The statistics of `collect_stats`, of a checkpoint of which one layer at a time is in memory.
+
+    Its own teacher is the model itself. Killed, the same call continues with the layer that it was at.
+
+    Args:
+        path: Folder of the checkpoint.
+        batches: As for `collect_stats`; their ids are held in memory.
+        loss: `kd_topk` or `lm`.
+        work: A folder for the inputs of all layers (tokens x model width x layers); the caller takes it away when the
+            statistics are safe.
+        dtype: What is computed in.
+        device: What is computed on.
+        overwrite: Begin anew where `work` holds the work of another request.
+        progress: Show a progress bar.
+
+    Returns:
+        As `collect_stats`.
+
+    Raises:
+        ValueError: As `collect_stats`; a checkpoint that `disk.locate` refuses, weights that are not finite, no room on
+            the disk, or `work` holds the work of another request.
+    """
+    if loss not in CALIBRATION_LOSSES:
+        loss_named(loss)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    given = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
+    seen = _seen(given)
+    blocks = Blocks(path, kind, torch.device(device))
+    request = {
+        "weights": _state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
+        "device": torch.device(device).type,
+    }  # fmt: skip
+    with WalkFolder(work, request, overwrite) as folder:
+        sweep = _Sweep(Walk(blocks, given, folder.path / "layers"), loss_named(loss))
+        layers = sweep.run(progress)
+    views = blocks.views
+    return ExpertStats(
+        meta=StatsMeta(
+            family=blocks.config.model_type,
+            config=stored_config(blocks.config),
+            layers=[view.index for view in views if view.experts is not None],
+            loss=loss,
+            data_sha256=seen.sha256,
+            model_sha256=combined(sweep.digests()),
+            fingerprint=blocks.fingerprint(),
+            tokens=seen.tokens,
+            sequences=seen.sequences,
+        ),
+        **stack_layers(layers),
+    )
+
+
+def _seen(batches: list[dict[str, Tensor]]) -> Seen:
+    seen, sweep = Seen(), Sweep()
+    for batch in batches:
+        sweep.start(batch)
+        seen.add(batch["input_ids"], sweep)
+    seen.require_tokens()
+    return seen
+
+
+def _state(path: Path) -> list[list[str | int]]:
+    """Which weights these are, without reading them."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(path)]
+
+
+def _digest(batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(batch.items()):
+        digest.update(f"{name}{list(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Sweep:
+    """The way forth and back over all layers."""
+
+    def __init__(self, walk: Walk, loss: TokenLoss) -> None:
+        self.walk, self.blocks, self._loss, self._sweep = walk, walk.blocks, loss, Sweep()
+
+    def run(self, progress: bool) -> list[dict[str, Tensor]]:
+        """All that is not done yet; the statistics of every layer."""
+        walk, last = self.walk, self.walk.layers
+        turned = last in walk.have("gradients") or last - 1 in walk.have("sums")
+        forth = [] if turned else [*walk.forward_order(), HEAD]
+        back = list(reversed(range(min([*walk.have("sums"), last]))))
+        order = [*forth, *back]
+        walk.require_room(last + 2)
+        self._announce(order)
+        passed = set(forth)
+        visits = self.blocks.visit(order, fresh=forth, hashed=True)
+        for part in track(visits, "Scoring", total=len(order), disable=not progress):
+            if part in passed:
+                passed.discard(part)
+                self._forth(part)
+            else:
+                self._back(part)
+        return [load_file(walk.file("sums", layer)) for layer in range(last)]
+
+    def digests(self) -> dict[str, str]:
+        """Hashes of all weights, those included that an earlier process has read."""
+        found = dict(self.blocks.digests[REST])
+        for part in self.blocks.parts:
+            found |= json.loads(self.walk.file("hashes", part + 2).read_text())
+        return found
+
+    def _announce(self, order: list[int]) -> None:
+        unique = [part for at, part in enumerate(order) if part not in order[max(0, at - 2) : at]]
+        read = sum(self.blocks.bytes(part) for part in unique)
+        tokens = sum(batch["input_ids"].numel() for batch in self.walk.batches)
+        get_console().log(
+            f"{tokens:,} tokens in one pass; {read / 1e9:,.2f} GB of weights to read ({read / tokens:,.0f} bytes a token), "
+            f"up to {(self.walk.layers + 2) * self.walk.bytes / 1e9:,.2f} GB of layer inputs on the disk"
+        )
+
+    def _forth(self, part: int) -> None:
+        write_text(self.walk.file("hashes", part + 2), json.dumps(self.blocks.digests[part]))
+        if part == HEAD:
+            self.walk.write("gradients", self.walk.layers, self._at_head)
+            self.walk.file("inputs", self.walk.layers).unlink(missing_ok=True)
+            return
+        with self._tapped(part) if part != EMBEDDINGS else nullcontext():
+            self.walk.forward(part, keep=True)
+
+    def _tapped(self, part: int) -> AbstractContextManager[list[LayerSums]]:
+        return tapped(self.blocks.model, [self.blocks.views[part]], self._sweep)
+
+    def _at_head(self, number: int) -> Tensor:
+        """The gradient of a batch's loss by the last layer's output, `[B, T, D]`."""
+        hidden_BTD = self.walk.read("inputs", self.walk.layers, number)
+        labels_N = next_tokens(self.walk.on_device(number)).flatten()
+        places_N = (labels_N != -100).nonzero().squeeze(-1)
+        gradient_BTD = torch.zeros_like(hidden_BTD)
+        size = max(1, CHUNK_BYTES // (4 * self.blocks.config.vocab_size))
+        for places in places_N.split(size):
+            hidden_ND = hidden_BTD.flatten(0, 1)[places].requires_grad_(True)
+            with torch.enable_grad():
+                logits_NV = self.blocks.logits(hidden_ND)
+                value = self._loss(logits_NV, logits_NV.detach(), labels_N[places]).sum()
+            require_finite(value, number)
+            (gradient_BTD.view(-1, gradient_BTD.shape[-1])[places],) = torch.autograd.grad(value, hidden_ND)
+        return gradient_BTD
+
+    def _back(self, layer: int) -> None:
+        """Through a layer against its direction; its statistics are kept, and what is behind it goes."""
+        walk = self.walk
+        with self._tapped(layer) as [sums]:
+
+            def gradient(number: int) -> Tensor:
+                batch = walk.on_device(number)
+                self._sweep.start(batch)
+                hidden_BTD = walk.read("inputs", layer, number).requires_grad_(True)
+                with torch.enable_grad():
+                    output_BTD = self.blocks.forward(layer, hidden_BTD, batch)
+                below = walk.read("gradients", layer + 1, number)
+                return torch.autograd.grad(output_BTD, hidden_BTD, below)[0]
+
+            walk.write("gradients", layer, gradient)
+            found = {**sums.tensors(), **layer_norms(self.blocks.config, self.blocks.views[layer])}
+        with replacing(walk.file("sums", layer), overwrite=True) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
+        walk.file("inputs", layer).unlink()
+        walk.file("gradients", layer + 1).unlink()

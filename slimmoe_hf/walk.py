@@ -1,0 +1,190 @@
+"""Text walks through a model that does not fit in memory: all of it through one layer, then all of it through the next.
+
+What passes between two layers lies in a folder: a file for the inputs of each layer, which has its name when it is
+whole. So the files say how far a walk has come, and a killed one goes on with the layer that it was at.
+
+Shape letters: B rows, T tokens of a row, D model width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from slimmoe_hf.atomic import PARTIAL, flush_entry, write_text
+from slimmoe_hf.blocks import EMBEDDINGS, Blocks
+
+Batch = Mapping[str, Tensor]
+Around = Callable[[int], AbstractContextManager[Any]]
+_REQUEST, _LOCK = "request.json", ".lock"
+
+
+class WalkFolder:
+    """The folder of an unfinished walk, this process's alone while it is open."""
+
+    def __init__(self, folder: Path, request: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Begin, or continue what was begun with the same request.
+
+        Args:
+            folder: Where what passes between layers is kept.
+            request: What decides the result, as JSON has it.
+            overwrite: Begin anew.
+
+        Raises:
+            ValueError: What is there is of another request, or another process is at work on it.
+        """
+        self.path = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / _LOCK, blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(f"{folder}: another process is at work there. Wait for it, or end it.") from None
+        asked = json.loads(json.dumps(request))
+        file = folder / _REQUEST
+        if file.exists() and not overwrite:
+            begun = json.loads(file.read_text())
+            if differing := sorted(key for key in begun | asked if begun.get(key) != asked.get(key)):
+                self._lock.release()
+                raise ValueError(
+                    f"{folder}: holds unfinished work of another request ({', '.join(differing)} differ). Give that one's "
+                    "arguments to continue it, --overwrite to start over, or another --output."
+                )
+        else:
+            _empty(folder)
+            write_text(file, json.dumps(asked))
+
+    def __enter__(self) -> WalkFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.release()
+
+    def remove(self) -> None:
+        """Take the folder away: the work is done."""
+        self._lock.release()
+        shutil.rmtree(self.path)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != _LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+class Walk:
+    """Batches on their way through a model's layers, forth and, where gradients are wanted, back.
+
+    Attributes:
+        blocks: The model. batches: As it takes them, in host memory.
+        layers: How many decoder layers it has.
+    """
+
+    def __init__(self, blocks: Blocks, batches: Sequence[Batch], folder: Path) -> None:
+        """Take up the walk where its folder says it is.
+
+        Args:
+            blocks: The model.
+            batches: All batches; each has `input_ids`.
+            folder: Holds nothing but this walk's files.
+        """
+        self.blocks, self.batches, self._folder = blocks, batches, folder
+        self.layers = len(blocks.views)
+        self._shapes = [(*batch["input_ids"].shape, blocks.hidden_size) for batch in batches]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def bytes(self) -> int:
+        """Size of what passes between two layers."""
+        return sum(torch.Size(shape).numel() for shape in self._shapes) * self.blocks.dtype.itemsize
+
+    def file(self, kind: str, number: int) -> Path:
+        """Where something of a layer is kept: its `inputs`, the `gradients` of its inputs, ..."""
+        return self._folder / f"{kind}-{number:04d}"
+
+    def have(self, kind: str) -> list[int]:
+        """The layers for which something is kept."""
+        return sorted(int(file.name[len(kind) + 1 :]) for file in self._folder.glob(f"{kind}-*"))
+
+    def require_room(self, files: int) -> None:
+        """Raise ValueError if the disk cannot hold so many files of what passes between layers."""
+        begun = sum(file.stat().st_size for file in self._folder.iterdir())
+        free, needed = psutil.disk_usage(str(self._folder)).free + begun, files * self.bytes
+        if needed > free:
+            raise ValueError(
+                f"{self._folder}: the inputs of {files} layers take {needed / 1e9:,.1f} GB and the disk has "
+                f"{free / 1e9:,.1f} GB free. Give fewer --tokens, or an --output on a larger disk."
+            )
+
+    def forward_order(self) -> list[int]:
+        """The parts that are still to be passed on the way to the head."""
+        done = self.have("inputs")
+        return list(range(done[-1], self.layers)) if done else [EMBEDDINGS, *range(self.layers)]
+
+    @torch.no_grad()
+    def forward(self, part: int, around: Around = lambda _part: nullcontext(), keep: bool = False) -> None:
+        """Pass all batches through the part in hand.
+
+        Args:
+            part: A layer's number, or `EMBEDDINGS`.
+            around: What a layer runs inside of.
+            keep: Its inputs too, for the way back.
+        """
+        if part == EMBEDDINGS:
+            self.write("inputs", 0, lambda number: self.blocks.embed(self.batches[number]["input_ids"]))
+            return
+
+        def passed(number: int) -> Tensor:
+            return self.blocks.forward(part, self.read("inputs", part, number), self.on_device(number))
+
+        with around(part):
+            self.write("inputs", part + 1, passed)
+        if not keep:
+            self.file("inputs", part).unlink()
+
+    def on_device(self, number: int) -> dict[str, Tensor]:
+        """A batch where the model computes."""
+        return {name: value.to(self.blocks.device) for name, value in self.batches[number].items()}
+
+    def read(self, kind: str, layer: int, number: int) -> Tensor:
+        """What is kept of a layer and a batch, `[B, T, D]`, on the model's device."""
+        sizes = [torch.Size(shape).numel() * self.blocks.dtype.itemsize for shape in self._shapes]
+        memory = torch.empty(sizes[number], dtype=torch.uint8)
+        view: Any = memory.numpy()
+        with self.file(kind, layer).open("rb", buffering=0) as stream:
+            stream.seek(sum(sizes[:number]))
+            done = 0
+            while done < len(view):
+                got = stream.readinto(memoryview(view)[done:])
+                assert got, f"{self.file(kind, layer)} is shorter than it was written"
+                done += got
+        return memory.view(self.blocks.dtype).view(self._shapes[number]).to(self.blocks.device)
+
+    def write(self, kind: str, layer: int, make: Callable[[int], Tensor]) -> None:
+        """Keep something of a layer for every batch; the file has its name when all of it has reached the disk."""
+        final = self.file(kind, layer)
+        partial = final.with_name(PARTIAL + final.name)
+        with partial.open("wb", buffering=0) as stream:
+            for number, shape in enumerate(self._shapes):
+                made = make(number)
+                assert made.shape == torch.Size(shape) and made.dtype == self.blocks.dtype, (made.shape, made.dtype)
+                content: Any = made.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                left = memoryview(content)
+                while left:
+                    left = left[stream.write(left) :]
+            os.fsync(stream.fileno())
+        partial.replace(final)
+        flush_entry(self._folder)
+
+
