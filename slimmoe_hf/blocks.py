@@ -8,6 +8,7 @@ Shape letters: E experts, F expert width, D model width, B rows, T tokens of a r
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,10 +123,14 @@ class Blocks:
                 begun at another one.
         """
         self.config, self.dtype, self.device = load_config(path), dtype, device
+        self.config.dtype = dtype
+        built = copy.deepcopy(self.config)
+        if "output_router_logits" in built.to_dict():
+            built.output_router_logits = False  # layers that only pass on have none
         self._reader = _Reader(path, self.config)
         # The checkpoint's weights replace all that initialising would write.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype)
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self.views = layer_views(self.model)
         modules = dict(self.model.named_modules())

@@ -1,7 +1,4 @@
-"""Ask a teacher that fits in memory about tokenised rows, and write its answers into a teacher cache.
-
-Shape letters: B texts at a time, T tokens of the longest, N answers, V vocabulary, D model width.
-"""
+"""Ask a teacher about tokenised rows, and write its answers into a teacher cache."""
 
 from __future__ import annotations
 
@@ -19,20 +16,16 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimmoe_hf.answers import Answers
 from slimmoe_hf.atomic import refuse_existing
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_format import KINDS, TOP_K, CacheSpec, Kind, text_key, texts_of, unfinished, vocabulary_sha256
-from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes, top_k_answers
-from slimmoe_hf.families import FAMILIES
-from slimmoe_hf.identity import model_fingerprint
+from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
+from slimmoe_hf.streamed_answers import StreamedAnswers
 
-CHUNK_BYTES = {"cpu": 1 << 22}
-"""Of float32 logits at a time: on a CPU what its cache holds, which is twice as fast as ten times that."""
-_LARGE_CHUNK = 1 << 27
 _AHEAD = 16
 """Batches that are read ahead and sorted by length, so that little is padded (our choice)."""
 
@@ -54,6 +47,8 @@ def write_cache(
     shard_bytes: int = SHARD_BYTES,
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    stream: bool = False,
+    stream_memory: int | None = None,
 ) -> TeacherCache:
     """Write a teacher's answers to every text of some rows; killed, the same call continues.
 
@@ -76,6 +71,8 @@ def write_cache(
         shard_bytes: Most bytes in a file; each process holds one in memory.
         data: Where the rows come from, for the manifest; it must not change between a kill and the next start.
         overwrite: Replace what is at `folder`.
+        stream: One decoder layer of the teacher at a time is in memory, for one that is larger; see `streamed_answers`.
+        stream_memory: Bytes of hidden states that pass from layer to layer together; None is half of what is free.
 
     Returns:
         The finished cache.
@@ -91,110 +88,51 @@ def write_cache(
     state, folder = processes(), Path(folder)
     if not overwrite:
         refuse_existing(folder)
+    asked: Answers | StreamedAnswers
     if isinstance(teacher, PreTrainedModel):
-        model, name, sha256 = teacher, str(teacher.config._name_or_path or "a model given in Python"), None
+        assert not stream, "a model that is given is in memory"
+        name, sha256, was_training = (
+            str(teacher.config._name_or_path or "a model given in Python"),
+            None,
+            teacher.training,
+        )
+        asked = Answers(teacher.eval(), kind)
     else:
-        path, name = find_checkpoint(str(teacher), revision), str(teacher)
+        path, name, was_training = find_checkpoint(str(teacher), revision), str(teacher), False
         sha256 = broadcast_object_list([weights_sha256(path) if state.is_main_process else None])[0]
-        model = _load(path, dtype, device or state.device)
-    was_training = model.training
-    asked = _Answers(model.eval(), kind)
-    size = model.config.get_text_config().vocab_size
+        place = device or state.device
+        if stream:
+            work = folder.with_name(f"{folder.name}.stream-{state.process_index:03d}")
+            asked = StreamedAnswers(path, kind, _dtype(path, dtype, place), place, work, stream_memory)
+        else:
+            asked = Answers(load_model(path, _dtype(path, dtype, place), place), kind)
+    size = asked.config.get_text_config().vocab_size
     spec = CacheSpec(
-        teacher=name, revision=revision, weights_sha256=sha256, fingerprint=_fingerprint(model),
+        teacher=name, revision=revision, weights_sha256=sha256, fingerprint=asked.fingerprint,
         tokenizer_sha256=vocabulary_sha256(tokenizer), vocab_size=min(vocab_size or size, size), kind=kind,
         top_k=min(top_k, vocab_size or size, size) if kind == "top_k" else 0,
         temperatures=tuple(dict.fromkeys((1.0, *temperatures))) if kind == "top_k" else (),
         hidden_size=asked.width if kind == "hidden" else 0,
-        stored="bfloat16" if kind == "hidden" and model.dtype == torch.bfloat16 else "float16",
-        computed=str(model.dtype).removeprefix("torch."), data=dict(data or {}),
+        stored="bfloat16" if kind == "hidden" and asked.dtype == torch.bfloat16 else "float16",
+        computed=str(asked.dtype).removeprefix("torch."), data=dict(data or {}),
     )  # fmt: skip
     total = _count(rows)
     _require_room(folder, spec, total)
+    asked.announce(total)
     try:
         with CacheWriter(folder, spec, shard_bytes, overwrite) as writer, _Meter(spec, total, state) as meter:
             mine = _dealt(state.process_index, state.num_processes)
-            for texts in _batches(rows, batch_size, mine):
-                if not all(writer.holds(ids) for ids in texts):
-                    for ids, answers in zip(texts, asked(texts, spec), strict=True):
-                        writer.add(ids, answers)
-                    meter.answered(texts)
-                else:
+            for texts, found in asked.each(_batches(rows, batch_size, mine), spec, writer):
+                if found is None:
                     meter.passed(texts)
+                    continue
+                for ids, answers in zip(texts, found, strict=True):
+                    writer.add(ids, answers)
+                meter.answered(texts)
             return writer.finish(asked.head_tensors(spec) if kind == "hidden" else None)
     finally:
-        model.train(was_training)
-
-
-class _Answers:
-    """A teacher that answers a batch of texts without making logits for all of it at once."""
-
-    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
-        """Find out whether the logits are the output head times the last hidden states, and nothing else.
-
-        Raises:
-            ValueError: They are not, and hidden states are what is asked for.
-        """
-        self.model, self.kind = model, kind
-        # Hooks of accelerate bring inputs to weights that are not on a device yet.
-        self.device = torch.device("cpu") if model.device.type == "meta" else model.device
-        head: Any = model.get_output_embeddings()
-        self.head, self.backbone = head, model.base_model
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            self.backbone.register_forward_hook(lambda _m, _i, out: seen.update(hidden=out.last_hidden_state)),
-            self.head.register_forward_hook(lambda _m, given, out: seen.update(given=given[0], out=out)),
-        ]
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(4, device=self.device).unsqueeze(0), use_cache=False).logits
-        for hook in hooks:
-            hook.remove()
-        self.width = int(seen["hidden"].shape[-1])
-        self.plain = "out" in seen and all(
-            torch.equal(one.float().cpu(), other.float().cpu())
-            for one, other in ((seen["hidden"], seen["given"]), (seen["out"], logits))
-        )
-        if kind == "hidden" and not self.plain:
-            raise ValueError(
-                f"the logits of a {model.config.model_type} are more than its output head times its last hidden states, so "
-                "these are not enough. Take --kind top_k."
-            )
-
-    def head_tensors(self, spec: CacheSpec) -> dict[str, Tensor]:
-        """Weight and bias of the output head, for the ids that are answered over."""
-        bias = {} if self.head.bias is None else {"bias": self.head.bias[: spec.vocab_size]}
-        return {"weight": self.head.weight[: spec.vocab_size], **bias}
-
-    @torch.no_grad()
-    def __call__(self, texts: list[np.ndarray[Any, Any]], spec: CacheSpec) -> list[dict[str, Tensor]]:
-        """The answers to each text, `[its tokens - 1, ...]`, in host memory."""
-        counts = [len(ids) - 1 for ids in texts]
-        ids_BT = torch.zeros(len(texts), max(counts) + 1, dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, ids in enumerate(texts):
-            ids_BT[row, : len(ids)] = torch.from_numpy(ids)
-            mask_BT[row, : len(ids)] = 1
-        inputs = {
-            "input_ids": ids_BT.to(self.device), "attention_mask": mask_BT.to(self.device), "use_cache": False,
-        }  # fmt: skip
-        answered_BT = mask_BT[:, 1:].bool()
-        next_N = ids_BT[:, 1:][answered_BT]
-        made_BT_ = self.backbone(**inputs).last_hidden_state if self.plain else self.model(**inputs).logits
-        made_N_ = made_BT_[:, :-1][answered_BT.to(made_BT_.device)]
-        if self.kind == "hidden":
-            return [{"hidden": part} for part in made_N_.cpu().split(counts)]
-        if int(next_N.max()) >= spec.vocab_size:
-            raise ValueError(
-                f"token {int(next_N.max())} of the data is beyond the {spec.vocab_size} ids that are answered over. Give a "
-                "larger --vocab-size, or the tokenizer of this teacher."
-            )
-        size = max(1, CHUNK_BYTES.get(made_N_.device.type, _LARGE_CHUNK) // (4 * spec.vocab_size))
-        parts = []
-        for chunk, following in zip(made_N_.split(size), next_N.to(made_N_.device).split(size), strict=True):
-            logits_NV = (self.head(chunk) if self.plain else chunk)[:, : spec.vocab_size]
-            parts.append(top_k_answers(logits_NV, following.to(logits_NV.device), spec.top_k, spec.temperatures))
-        columns = {name: torch.cat([part[name] for part in parts]).cpu().split(counts) for name in parts[0]}
-        return [{name: column[row] for name, column in columns.items()} for row in range(len(texts))]
+        if isinstance(teacher, PreTrainedModel):
+            teacher.train(was_training)
 
 
 class _Meter:
@@ -249,14 +187,10 @@ class _Meter:
         return f", {self._answered / (time.perf_counter() - self._start):,.0f} tokens/s{each}"
 
 
-def _load(path: Path, dtype: str | None, device: torch.device) -> PreTrainedModel:
+def _dtype(path: Path, asked: str | None, device: torch.device) -> str:
+    """What a teacher is computed in."""
     own = str(load_config(path).dtype or "float32").removeprefix("torch.")
-    return load_model(path, dtype or ("float32" if device.type == "cpu" else own), device)
-
-
-def _fingerprint(model: PreTrainedModel) -> str | None:
-    whole = not any(weight.is_meta for weight in model.parameters())
-    return model_fingerprint(model) if whole and model.config.model_type in FAMILIES else None
+    return asked or ("float32" if device.type == "cpu" else own)
 
 
 def _count(rows: Iterable[Mapping[str, Any]]) -> int | None:

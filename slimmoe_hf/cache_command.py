@@ -13,7 +13,7 @@ from rich.table import Table
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_writer import processes
-from slimmoe_hf.command_inputs import output_path, print_json, require, shard_bytes, training_rows
+from slimmoe_hf.command_inputs import output_path, print_json, require, size_of, training_rows
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.preflight import check_vocabulary
 
@@ -35,17 +35,20 @@ def cache(args: argparse.Namespace) -> None:
 
 def _write(args: argparse.Namespace, teacher: str) -> None:
     require(args, "data", "output")
-    output, size = output_path(args), shard_bytes(args)
+    output, size = output_path(args), size_of(args, "shard_size")
+    if args.stream_memory is not None and not args.stream:
+        raise ValueError("--stream-memory says how much passes from layer to layer together: it goes with --stream.")
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
     path = find_checkpoint(teacher, args.revision)
-    verify_checkpoint(path)
+    verify_checkpoint(path, finite=not args.stream)  # streamed weights are looked through when they are read
     tokenizer = load_tokenizer(path)
     check_vocabulary(load_config(path), tokenizer, path)
     done = write_cache(
         teacher, training_rows(args, tokenizer), output, tokenizer=tokenizer, revision=args.revision, kind=args.kind,
         top_k=args.top_k, temperatures=args.temperature, vocab_size=args.vocab_size, batch_size=args.batch_size,
         dtype=args.dtype, shard_bytes=size, data={name: vars(args)[name] for name in _DATA}, overwrite=args.overwrite,
+        stream=args.stream, stream_memory=None if args.stream_memory is None else size_of(args, "stream_memory"),
     )  # fmt: skip
     if processes().is_main_process:
         manifest = done.manifest

@@ -9,19 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from slimmoe_hf.atomic import refuse_existing, write_text
-from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
-from slimmoe_hf.data import batches, load_documents, take_apart, take_rows, take_tokens, tokenize
+from slimmoe_hf.data import load_documents, take_tokens, tokenize
 from slimmoe_hf.families import family_of
-from slimmoe_hf.loading import find_checkpoint, load_config, load_model, load_tokenizer, verify_checkpoint
+from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.plan import Target
-from slimmoe_hf.preflight import check_teacher, check_vocabulary, device
+from slimmoe_hf.preflight import check_vocabulary
 from slimmoe_hf.recipe import memory_bytes
-from slimmoe_hf.stats import ExpertStats
 
 _OURS = ("config.json", "adapter_config.json", "plan.json", "manifest.json")
 """One of them is in every folder that a command writes."""
@@ -58,11 +55,11 @@ def output_path(args: argparse.Namespace, file: bool = False) -> Path:
     return path
 
 
-def open_checkpoint(model: str, revision: str | None) -> tuple[Path, PreTrainedTokenizerBase]:
-    """A checkpoint that has been looked through, and its tokenizer."""
+def open_checkpoint(model: str, revision: str | None, finite: bool = True) -> tuple[Path, PreTrainedTokenizerBase]:
+    """A checkpoint that has been looked through (its values too, with `finite`), and its tokenizer."""
     path = find_checkpoint(model, revision)
     family_of(load_config(path))
-    verify_checkpoint(path)
+    verify_checkpoint(path, finite)
     tokenizer = load_tokenizer(path)
     check_vocabulary(load_config(path), tokenizer, path)
     return path, tokenizer
@@ -81,44 +78,13 @@ def training_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     return tokenize(documents, tokenizer, args.max_length, args.packing)
 
 
-def shard_bytes(args: argparse.Namespace) -> int:
-    """`--shard-size` as a number."""
+def size_of(args: argparse.Namespace, name: str) -> int:
+    """A flag such as `--shard-size` as a number of bytes."""
+    text = vars(args)[name]
     try:
-        return memory_bytes(args.shard_size)
+        return memory_bytes(text)
     except ValueError:
-        raise ValueError(f"--shard-size {args.shard_size}: not a size. Write it as 500MB or 1GB.") from None
-
-
-def scored(args: argparse.Namespace, expert_outputs: bool = False) -> tuple[PreTrainedModel, ExpertStats]:
-    """The model that the scoring flags name, and its statistics.
-
-    Args:
-        args: As the parser has them.
-        expert_outputs: As `collect_stats`.
-
-    Raises:
-        ValueError: A checkpoint, teacher, text or loss that will not do.
-    """
-    if args.loss not in CALIBRATION_LOSSES:
-        raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
-    where = torch.device("cpu") if args.calibration_device == "cpu" else device()
-    model, tokenizer = open_checkpoint(args.model, args.revision)
-    teacher = None
-    if args.teacher is not None and args.loss == "kd_topk":
-        folder = find_checkpoint(args.teacher, args.teacher_revision)
-        check_teacher(folder, load_config(model), tokenizer)
-        teacher = load_model(folder, args.calibration_dtype, where)
-    documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
-    rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
-    student = load_model(model, args.calibration_dtype, where, whole=True)
-    stats = collect_stats(
-        student,
-        batches(rows, args.batch_size, tokenizer.pad_token_id or 0),
-        loss=args.loss,
-        teacher=teacher,
-        expert_outputs=expert_outputs,
-    )
-    return student, stats
+        raise ValueError(f"--{name.replace('_', '-')} {text}: not a size. Write it as 500MB or 1GB.") from None
 
 
 def target_of(args: argparse.Namespace) -> Target:

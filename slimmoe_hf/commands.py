@@ -40,8 +40,7 @@ from slimmoe_hf.command_inputs import (
     print_json,
     require,
     same_request,
-    scored,
-    shard_bytes,
+    size_of,
     target_of,
     training_rows,
 )
@@ -59,6 +58,7 @@ from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, training_arguments
 from slimmoe_hf.report import samples, table
+from slimmoe_hf.scoring import remove_work, scored
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
@@ -100,8 +100,9 @@ def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     require(args, "model", "data", "output")
     output = output_path(args, file=True)
-    _, stats = scored(args)
+    stats = scored(args, output)
     stats.save(output)
+    remove_work(output)
     rich.print(
         f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
     )
@@ -138,7 +139,7 @@ def _show(folders: list[str], as_json: bool) -> None:
 def slim(args: argparse.Namespace) -> None:
     """A checkpoint and a plan (or text and a size) in, a smaller checkpoint out."""
     require(args, "model", "output")
-    output, size = output_path(args), shard_bytes(args)
+    output, size = output_path(args), size_of(args, "shard_size")
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
     target = target_of(args)
@@ -151,11 +152,12 @@ def slim(args: argparse.Namespace) -> None:
     else:
         validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
         check_criteria(args.criterion, args.expert_criterion, **target.asks)
-        chosen = make_plan(scored(args)[1], target, args.criterion, args.seed, args.expert_criterion)
+        chosen = make_plan(scored(args, output), target, args.criterion, args.seed, args.expert_criterion)
     slim_checkpoint(
         args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
         delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,
     )  # fmt: skip
+    remove_work(output)
     rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
 
 

@@ -8,12 +8,13 @@ import rich
 from rich.console import Console
 
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.command_inputs import output_path, require, scored, shard_bytes
+from slimmoe_hf.command_inputs import output_path, require
 from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.loading import find_checkpoint, load_config
 from slimmoe_hf.merging import GROUPINGS, SIMILARITIES, plan_merge
 from slimmoe_hf.plan import Target, validate_target
+from slimmoe_hf.scoring import scored_model
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -26,14 +27,14 @@ def merge(args: argparse.Namespace) -> None:
         ValueError: A number of experts that the model cannot take, an unknown name, or as `slim_checkpoint`.
     """
     require(args, "model", "data", "num_experts", "output")
-    output, size = output_path(args), shard_bytes(args)
+    output, size = output_path(args), size_of(args, "shard_size")
     for flag, given, known in (("similarity", args.similarity, SIMILARITIES), ("grouping", args.grouping, GROUPINGS)):
         if given not in known:
             raise ValueError(f"--{flag} {given}: unknown; use one of {', '.join(known)}.")
     config = load_config(find_checkpoint(args.model, args.revision))
     if validate_target(config, Target(num_experts=args.num_experts)).num_experts == shape_of(config).num_experts:
         raise ValueError(f"--num-experts {args.num_experts}: the model has no more. Ask for fewer.")
-    model, stats = scored(args, expert_outputs=args.similarity == "outputs")
+    model, stats = scored_model(args, expert_outputs=args.similarity == "outputs")
     plan = plan_merge(
         model, stats, args.num_experts, similarity=args.similarity, grouping=args.grouping, reference=args.reference
     )

@@ -141,6 +141,9 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-device", default="auto", choices=("auto", "cpu"), help="cpu for a model larger than the GPU"
     )
+    parser.add_argument(
+        "--stream", action="store_true", help="hold one decoder layer in memory at a time, for a model larger than it"
+    )
     _add_data(parser, "train", 131072, "how many tokens to score on")
 
 
@@ -353,6 +356,11 @@ def _add_cache(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_argument(
         "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: float32 on a CPU, else as it is)"
+    )
+    group = parser.add_argument_group("a teacher larger than memory")
+    group.add_argument("--stream", action="store_true", help="hold one decoder layer in memory at a time")
+    group.add_argument(
+        "--stream-memory", metavar="SIZE", help="of what passes between layers together (default: half of what is free)"
     )
     _add_data(parser, "train", None, "answer at most so many tokens of text, those that distill takes")
     parser.add_argument("--verify", action="store_true", help="with inspect: compare the hashes of all files")

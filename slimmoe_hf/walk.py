@@ -186,5 +186,3 @@ class Walk:
             os.fsync(stream.fileno())
         partial.replace(final)
         flush_entry(self._folder)
-
-

@@ -24,8 +24,9 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slimmoe_hf import cache_writer, shards
+from slimmoe_hf.answers import CHUNK_BYTES
 from slimmoe_hf.cache import CacheCollator, TeacherCache
-from slimmoe_hf.cache_answers import CHUNK_BYTES, write_cache
+from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_format import CacheSpec, normalised, text_key
 from slimmoe_hf.cache_writer import CacheWriter, top_k_answers
 from slimmoe_hf.data import batches, tokenize
@@ -155,9 +156,7 @@ def test_batches_of_the_writer_and_bounded_chunks_of_logits_change_no_answer(
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * VOCAB_SIZE * 5)
     widest = []
     real = top_k_answers
-    monkeypatch.setattr(
-        "slimmoe_hf.cache_answers.top_k_answers", lambda *given: widest.append(len(given[0])) or real(*given)
-    )
+    monkeypatch.setattr("slimmoe_hf.answers.top_k_answers", lambda *given: widest.append(len(given[0])) or real(*given))
     other = written(teacher, tmp_path / "c", batch_size=3, temperatures=[2.0])
     assert max(widest) == 5
     assert_same_answers(cache, other)
@@ -380,7 +379,7 @@ def test_killed_and_restarted_it_has_the_same_bytes_and_redoes_one_shard(
         answered += len(logits)
         return real(logits, *given)
 
-    monkeypatch.setattr("slimmoe_hf.cache_answers.top_k_answers", counting)
+    monkeypatch.setattr("slimmoe_hf.answers.top_k_answers", counting)
     again = written(teacher, folder, shard_bytes=SHARD, batch_size=2)
     assert files(again.folder) == files(whole.folder)
     longest_batch = 2 * 48

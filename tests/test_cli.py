@@ -98,7 +98,7 @@ def test_flags_are_a_visible_decision():
     teacher = {"--teacher", "--teacher-revision", "--revision"}
     output = {"--output", "--overwrite", "--config"}
     target = {"--expert-width", "--kv-groups", "--num-experts", "--criterion", "--expert-criterion"}
-    scoring = {"--loss", "--batch-size", "--calibration-dtype", "--calibration-device"}
+    scoring = {"--loss", "--batch-size", "--calibration-dtype", "--calibration-device", "--stream"}
     training = {
         "--max-steps", "--num-train-epochs", "--learning-rate", "--lr-scheduler-type", "--warmup-steps",
         "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps",
@@ -131,7 +131,7 @@ def test_flags_are_a_visible_decision():
         },
         "cache": common | train | output | {
             "--revision", "--kind", "--top-k", "--temperature", "--vocab-size", "--shard-size", "--batch-size", "--dtype",
-            "--verify", "--json",
+            "--verify", "--json", "--stream", "--stream-memory",
         },
         "merge": common | train | teacher | output | scoring | {
             "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size",

@@ -2,44 +2,351 @@
 
 from __future__ import annotations
 
-import torch
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import save_tiny, tiny_batch, tiny_model
+import rich
+import torch
+from runs import in_child, unequal_rows
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB_SIZE, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
 
-from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf import Target, cli, commands, make_plan
+from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
+from slimmoe_hf.cache import TeacherCache
+from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streaming import stream_stats
+from slimmoe_hf.walk import Walk
+
+TEACHER = Path(__file__).parent.parent / "examples" / "teacher" / "model"
+ROWS = unequal_rows(24)
 
 
-def text():
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streaming")
+    save_tiny(folder / "model")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def text() -> list[dict[str, torch.Tensor]]:
     """Two batches, of unequal length, one padded."""
     first, second = tiny_batch(rows=3), tiny_batch(rows=2, length=17, seed=1)
     second["attention_mask"][1, 9:] = 0
     return [first, second]
 
 
-def differences(one: ExpertStats, other: ExpertStats) -> dict[str, float]:
-    """Norm-wise relative difference of every statistic, the worst expert's."""
-    found = {}
+def packed() -> list[dict[str, torch.Tensor]]:
+    """A row of two documents."""
+    ids = tiny_batch(rows=2)["input_ids"].reshape(1, -1)
+    return [{"input_ids": ids, "position_ids": torch.arange(24).repeat(2).unsqueeze(0)}]
+
+
+def worst(one: ExpertStats, other: ExpertStats) -> float:
+    """The largest relative difference, norm-wise per expert, of any statistic."""
+    found = []
     for name, tensor in one.tensors().items():
-        theirs = other.tensors()[name]
-        assert tensor.shape == theirs.shape, name
-        rows = [t.flatten(0, 1) if t.dim() == 3 else t for t in (tensor, theirs)]
-        gap = (rows[0] - rows[1]).norm(dim=-1) / rows[1].norm(dim=-1).clamp(min=1e-30)
-        found[name] = gap.max().item()
-    return found
+        pair = [each.flatten(0, -2) for each in (tensor, other.tensors()[name])]
+        assert pair[0].shape == pair[1].shape, name
+        found.append(((pair[0] - pair[1]).norm(dim=-1) / pair[1].norm(dim=-1).clamp(min=1e-30)).max().item())
+    return max(found)
 
 
-@pytest.mark.parametrize("loss", ["lm", "kd_topk"])
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The parts of models that are read, in order."""
+    parts: list[int] = []
+    real = Blocks.read
+
+    def counted(self: Blocks, part: int, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        parts.append(part)
+        return real(self, part, *args, **kwargs)
+
+    monkeypatch.setattr(Blocks, "read", counted)
+    return parts
+
+
+@pytest.mark.parametrize("loss", CALIBRATION_LOSSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_statistics_equal_those_in_memory(family, loss, tmp_path):
-    """1e-5 norm-wise per expert is what the same arithmetic in float32 allows (a sum in another order changes 4e-7)."""
+def test_streamed_statistics_equal_those_in_memory(family: str, loss: str, tmp_path: Path):
+    """1e-5 norm-wise per expert is promised; here it is the same arithmetic."""
     path = save_tiny(tmp_path / "model", family)
     whole = collect_stats(load_model(path), text(), loss, progress=False)
     streamed = stream_stats(path, text(), loss, work=tmp_path / "work", progress=False)
-    assert max(differences(streamed, whole).values()) < 1e-5
+    assert worst(streamed, whole) < 1e-5
     assert streamed.meta == whole.meta
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batches"),
+    [
+        ({"sliding_window": 8}, text),
+        ({"tie_word_embeddings": True, "lm_head_bias": False}, text),
+        ({"output_router_logits": True}, text),
+        ({"num_hidden_layers": 1}, text),
+        ({}, packed),
+    ],
+    ids=["sliding window", "tied", "router logits", "one layer", "packed"],
+)
+def test_whatever_the_model_does_between_its_layers_it_does_here_too(
+    overrides: dict[str, Any], batches: Callable[[], list[dict[str, torch.Tensor]]], tmp_path: Path
+):
+    path = save_tiny(tmp_path / "model", "phimoe", **overrides)
+    whole = collect_stats(load_model(path), batches(), progress=False)
+    streamed = stream_stats(path, batches(), work=tmp_path / "work", progress=False)
+    assert worst(streamed, whole) < 1e-5
+    assert streamed.meta == whole.meta
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checkpoints_in_bfloat16_and_with_fused_experts_are_read_as_transformers_reads_them(dtype: str, tmp_path: Path):
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", save_original_format=False, max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    whole = collect_stats(load_model(tmp_path / "model", dtype), text(), "lm", progress=False)
+    streamed = stream_stats(tmp_path / "model", text(), "lm", work=tmp_path / "work", dtype=dtype, progress=False)
+    assert worst(streamed, whole) < 1e-5
+    assert streamed.meta == whole.meta
+
+
+def test_plans_for_the_shipped_teacher_are_identical(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    batch = {"input_ids": torch.randint(4096, (2, 96), generator=generator)}
+    whole = collect_stats(load_model(TEACHER), [batch], progress=False)
+    streamed = stream_stats(TEACHER, [batch], work=tmp_path / "work", progress=False)
+    target = Target(expert_width=96, kv_groups=1)
+    for criterion in ("taylor", "output_fisher", "energy"):
+        plans = [make_plan(stats, target, criterion) for stats in (whole, streamed)]
+        assert all(torch.equal(plans[0].neurons[layer], plans[1].neurons[layer]) for layer in plans[0].neurons)
+        assert all(torch.equal(plans[0].groups[layer], plans[1].groups[layer]) for layer in plans[0].groups)
+
+
+def test_only_the_part_in_hand_has_weights(tmp_path: Path):
+    """Turning back after the head, the last layer stays: nothing is read twice for it."""
+    blocks = Blocks(save_tiny(tmp_path / "model", num_hidden_layers=3), torch.float32, torch.device("cpu"))
+    held = []
+    for _part in blocks.visit([EMBEDDINGS, 0, 1, 2, HEAD, 2, 1, 0]):
+        held.append({at for at, module in blocks._modules.items() if not next(module.parameters()).is_meta})
+    assert held == [{EMBEDDINGS}, {0}, {1}, {2}, {2, HEAD}, {2}, {1}, {0}]
+    assert all(weight.is_meta for name, weight in blocks.model.named_parameters() if "norm" not in name)
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Stop in the middle of the so-manyeth file of hidden states or gradients."""
+    real, done = Walk.write, [0]
+
+    def write(self: Walk, kind: str, layer: int, make: Callable[[int], torch.Tensor]) -> None:
+        done[0] += 1
+
+        def made(number: int) -> torch.Tensor:
+            if done[0] == writes and number == 1:
+                raise KeyboardInterrupt
+            return make(number)
+
+        real(self, kind, layer, made)
+
+    monkeypatch.setattr(Walk, "write", write)
+
+
+# Two layers write: embeddings, 0, 1, the head, then back 1, 0. Next to each, what a second start has to read.
+READS = [[EMBEDDINGS, 0, 1, HEAD, 0], [0, 1, HEAD, 0], [1, HEAD, 0], [HEAD, 1, 0], [1, 0], [0]]
+
+
+@pytest.mark.parametrize("stopped", range(6))
+def test_stopped_anywhere_it_continues_there_and_ends_with_the_same_statistics(
+    stopped: int, origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    whole = stream_stats(origin / "model", text(), work=tmp_path / "whole", progress=False)
+    assert read == READS[0]
+    read.clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, stopped + 1)
+        stream_stats(origin / "model", text(), work=tmp_path / "work", progress=False)
+    read.clear()
+    continued = stream_stats(origin / "model", text(), work=tmp_path / "work", progress=False)
+    assert read == READS[stopped]
+    assert continued.sha256 == whole.sha256
+    read.clear()
+    assert stream_stats(origin / "model", text(), work=tmp_path / "work", progress=False).sha256 == whole.sha256
+    assert read == []
+
+
+def _score_and_die(argv: list[str]) -> None:
+    real = Walk.write
+
+    def dying(self: Walk, kind: str, layer: int, make: Callable[[int], torch.Tensor]) -> None:
+        real(self, kind, layer, make)
+        if (kind, layer) == ("gradients", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Walk.write = dying  # type: ignore[method-assign]
+    cli.main(argv)
+
+
+@pytest.fixture
+def as_loud_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` silences this whole process, which other tests listen to."""
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+
+
+def one_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert cli.main(list(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def scoring(origin: Path, *more: str) -> list[str]:
+    data = ["--data", str(origin / "text.jsonl"), "--max-length", "64", "--tokens", "1024"]
+    return ["score", str(origin / "model"), *data, *more]
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_a_killed_command_continues_and_leaves_what_the_one_in_memory_leaves(
+    origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(scoring(origin, "--output", str(tmp_path / "whole.safetensors"))) == 0
+    rich.reconfigure(width=300)
+    killed = scoring(origin, "--stream", "--output", str(tmp_path / "stats.safetensors"))
+    assert in_child(_score_and_die, killed) == -signal.SIGKILL
+    assert [path.name for path in tmp_path.glob("stats*")] == ["stats.safetensors.scoring"]
+    message = one_error(capsys, *killed, "--loss", "lm")
+    assert "stats.safetensors.scoring: holds unfinished work of another request (loss differ)" in message
+    assert cli.main(killed) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens in one pass; 0.00 GB of weights to read" in shown
+    assert [path.name for path in tmp_path.glob("stats*")] == ["stats.safetensors"]
+    both = [ExpertStats.load(tmp_path / name) for name in ("whole.safetensors", "stats.safetensors")]
+    assert worst(*both) < 1e-5 and both[0].meta == both[1].meta
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_what_cannot_be_streamed_is_one_line(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, output = str(origin / "model"), ["--output", str(tmp_path / "out")]
+    message = one_error(capsys, *scoring(origin, "--stream", "--teacher", model, *output))
+    assert "--stream scores with kd_topk against the model itself only. Leave --teacher out" in message
+    write = ["cache", "write", model, "--data", str(origin / "text.jsonl"), *output]
+    assert "it goes with --stream" in one_error(capsys, *write, "--stream-memory", "1GB")
+    assert "--stream-memory much: not a size" in one_error(capsys, *write, "--stream", "--stream-memory", "much")
+    assert not list(tmp_path.iterdir())
+
+
+def spoilt(origin: Path, folder: Path, name: str) -> Path:
+    """A copy of the model with a NaN in one of its weights."""
+    shutil.copytree(origin / "model", folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights[name].view(-1)[5] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.block_sparse_moe.experts.2.w3.weight", "lm_head.bias", "model.norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named(name: str, origin: Path, tmp_path: Path):
+    path = spoilt(origin, tmp_path / "model", name)
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        stream_stats(path, text(), work=tmp_path / "work", progress=False)
+
+
+def test_a_disk_that_is_too_small_is_found_before_any_work(
+    origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("slimmoe_hf.walk.psutil.disk_usage", lambda path: type("", (), {"free": 100}))
+    with pytest.raises(
+        ValueError, match=r"the inputs of 4 layers take .* the disk has 0.0 GB free. Give fewer --tokens"
+    ):
+        stream_stats(origin / "model", text(), work=tmp_path / "work", progress=False)
+    assert not read
+
+
+def test_another_request_is_refused_and_overwrite_begins_anew(origin: Path, tmp_path: Path):
+    stream_stats(origin / "model", text(), "lm", work=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"unfinished work of another request \(loss, text differ\)"):
+        stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False)
+    anew = stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False, overwrite=True)
+    assert worst(anew, collect_stats(load_model(origin / "model"), text()[:1], progress=False)) < 1e-5
+
+
+def write(model: Path, folder: Path, **more: Any) -> TeacherCache:
+    return write_cache(model, ROWS, folder, tokenizer=tiny_tokenizer(), batch_size=4, **more)
+
+
+def shards(cache: TeacherCache) -> list[str]:
+    return [entry.sha256 for entry in cache.manifest.shards]
+
+
+def answers(cache: TeacherCache) -> Iterator[dict[str, torch.Tensor]]:
+    """The answers to every text, in the order of the rows."""
+    for row in ROWS:
+        yield cache.answers(row["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_teacher_writes_the_cache_of_the_live_one(family: str, kind: Any, tmp_path: Path):
+    path = save_tiny(tmp_path / "model", family)
+    live = write(path, tmp_path / "live", kind=kind, top_k=16, temperatures=(2.0,))
+    streamed = write(path, tmp_path / "streamed", kind=kind, top_k=16, temperatures=(2.0,), stream=True)
+    assert streamed.manifest == live.manifest, "hashes of all files among them: the same arithmetic"
+    assert not list(tmp_path.glob("*.stream-*"))
+
+
+def test_a_group_reads_the_checkpoint_once_and_no_group_is_larger_than_allowed(
+    origin: Path, tmp_path: Path, read: list[int], capsys: pytest.CaptureFixture[str]
+):
+    """130 tokens' inputs and outputs of 32 float32 each fit 33,280 bytes."""
+    rich.reconfigure(width=300)
+    live = write(origin / "model", tmp_path / "live")
+    read.clear()
+    streamed = write(origin / "model", tmp_path / "streamed", stream=True, stream_memory=130 * 2 * 32 * 4)
+    tokens = sum(len(row["input_ids"]) for row in ROWS)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "up to 130 tokens in one pass over 0.00 GB of weights" in shown and f"for {tokens:,} tokens" in shown
+    groups = len(streamed.manifest.shards)
+    assert read == [HEAD, *[EMBEDDINGS, 0, 1, HEAD] * groups] and 4 <= groups <= 6
+    assert max(entry.answers + entry.texts for entry in streamed.manifest.shards) <= 130
+    one, other = ({**cache.manifest.model_dump(), "shards": 0, "index_sha256": 0} for cache in (live, streamed))
+    assert one.pop("mean_tail_mass") == pytest.approx(other.pop("mean_tail_mass"), rel=1e-6)
+    assert one == other
+
+
+@pytest.mark.parametrize("stopped", [2, 5])
+def test_a_stopped_streamed_cache_goes_on_with_the_layer_it_was_at(
+    stopped: int, origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Every group writes three files: its embeddings, and the outputs of two layers."""
+    small = {"stream": True, "stream_memory": 260 * 2 * 32 * 4}
+    whole = write(origin / "model", tmp_path / "whole", **small)
+    groups = len(shards(whole))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, stopped)
+        write(origin / "model", tmp_path / "stopped", **small)
+    read.clear()
+    continued = write(origin / "model", tmp_path / "stopped", **small)
+    assert shards(continued) == shards(whole)
+    rest = groups - 1 - (stopped > 3)
+    assert read == [HEAD, 0, 1, HEAD, *[EMBEDDINGS, 0, 1, HEAD] * rest]
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_the_command_streams_a_cache(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["cache", "write", str(origin / "model"), "--data", str(origin / "text.jsonl"), "--max-length", "64"]
+    argv += ["--tokens", "2000", "--output"]
+    assert cli.main([*argv, str(tmp_path / "live")]) == 0
+    assert cli.main([*argv, str(tmp_path / "streamed"), "--stream", "--stream-memory", "1MB"]) == 0
+    assert "tokens in one pass" in " ".join("".join(capsys.readouterr()).split())
+    live, streamed = (TeacherCache.open(tmp_path / name) for name in ("live", "streamed"))
+    assert live.manifest == streamed.manifest and live.manifest.spec.vocab_size == VOCAB_SIZE

@@ -1,0 +1,90 @@
+"""What the scoring flags name, scored: a model in memory, or one that streams by."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
+from slimmoe_hf.command_inputs import open_checkpoint, read_documents
+from slimmoe_hf.data import batches, take_apart, take_rows, tokenize
+from slimmoe_hf.loading import find_checkpoint, load_config, load_model
+from slimmoe_hf.preflight import check_teacher, device
+from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streaming import stream_stats
+
+
+def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
+    """The statistics of the model that the flags name.
+
+    Args:
+        args: As the parser has them.
+        output: What is being made; the work of a streamed sweep lies beside it until `remove_work`.
+
+    Raises:
+        ValueError: A checkpoint, teacher, text or loss that will not do.
+    """
+    if not args.stream:
+        return scored_model(args)[1]
+    if args.teacher is not None and args.loss == "kd_topk":
+        raise ValueError(
+            "--stream scores with kd_topk against the model itself only. Leave --teacher out, give --loss lm, or score "
+            "without --stream."
+        )
+    path, _, given = _inputs(args)
+    return stream_stats(
+        path, given, args.loss, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
+        overwrite=args.overwrite,
+    )  # fmt: skip
+
+
+def scored_model(args: argparse.Namespace, expert_outputs: bool = False) -> tuple[PreTrainedModel, ExpertStats]:
+    """The model that the flags name, in memory, and its statistics.
+
+    Args:
+        args: As the parser has them.
+        expert_outputs: As `collect_stats`.
+
+    Raises:
+        ValueError: As `scored`; or `--stream`, which leaves no model in memory.
+    """
+    if args.stream:
+        raise ValueError("--stream: this command needs the whole model in memory. Leave it out.")
+    path, teacher, given = _inputs(args)
+    model = load_model(path, args.calibration_dtype, _place(args), whole=True)
+    return model, collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
+
+
+def remove_work(output: Path) -> None:
+    """Take away what a streamed sweep kept to continue."""
+    shutil.rmtree(_work(output), ignore_errors=True)
+
+
+def _work(output: Path) -> Path:
+    return output.with_name(f"{output.name}.scoring")
+
+
+def _place(args: argparse.Namespace) -> torch.device:
+    return torch.device("cpu") if args.calibration_device == "cpu" else device()
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Path, PreTrainedModel | None, Iterable[dict[str, Tensor]]]:
+    """The checkpoint, the teacher where another one is asked, and batches of calibration text."""
+    if args.loss not in CALIBRATION_LOSSES:
+        raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
+    # Streamed weights are looked through when they are read.
+    path, tokenizer = open_checkpoint(args.model, args.revision, finite=not args.stream)
+    teacher = None
+    if args.teacher is not None and args.loss == "kd_topk":
+        folder = find_checkpoint(args.teacher, args.teacher_revision)
+        check_teacher(folder, load_config(path), tokenizer)
+        teacher = load_model(folder, args.calibration_dtype, _place(args))
+    documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
+    rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
+    return path, teacher, batches(rows, args.batch_size, tokenizer.pad_token_id or 0)

@@ -1,0 +1,144 @@
+"""A teacher's answers to texts, from a checkpoint of which one decoder layer at a time is in memory.
+
+Texts go through a layer in groups, as many at a time as the memory for their hidden states allows: every group reads
+the checkpoint once. A finished group is in the cache; a killed one goes on with the layer that it was at.
+
+Shape letters: B texts at a time, T tokens of the longest, D model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from rich import get_console
+from torch import Tensor
+
+from slimmoe_hf.answers import Answered, Answers, Texts, pad_texts
+from slimmoe_hf.blocks import HEAD, Blocks
+from slimmoe_hf.cache_format import CacheSpec, Kind, text_key
+from slimmoe_hf.cache_writer import CacheWriter
+from slimmoe_hf.loading import weight_bytes
+from slimmoe_hf.walk import Walk
+
+_SHARE = 0.5  # of free memory that the hidden states of a group may take, where nobody says
+
+
+class StreamedAnswers:
+    """A teacher that is larger than memory.
+
+    Attributes:
+        config, dtype: The teacher's. width: Of its hidden states.
+        tokens: In a group, padding included, unless one batch alone has more.
+    """
+
+    def __init__(
+        self, path: Path, kind: Kind, dtype: str, device: torch.device, work: Path, memory: int | None
+    ) -> None:
+        """Look through the checkpoint.
+
+        Args:
+            path: Its folder.
+            kind: Of the answers.
+            dtype: What is computed in.
+            device: What is computed on.
+            work: A folder for what passes between layers.
+            memory: Bytes that this may take; None is half of what is free.
+
+        Raises:
+            ValueError: As `blocks.Blocks` and `answers.Answers`; or there is no memory for one token.
+        """
+        self.blocks = Blocks(path, getattr(torch, dtype), device)
+        self.config, self.dtype, self._path, self._work = self.blocks.config, self.blocks.dtype, path, work
+        self.width = self.blocks.hidden_size
+        probe = torch.ones(1, 4, self.width, dtype=self.dtype, device=device)
+        for _head in self.blocks.visit([HEAD]):
+            self._at_head = Answers(self.blocks.model, kind, {"inputs_embeds": probe})
+        # A layer's inputs and its outputs are there at the same time.
+        room = int(psutil.virtual_memory().available * _SHARE) if memory is None else memory
+        self.tokens = room // (2 * self.width * self.dtype.itemsize)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """`identity.model_fingerprint` of the teacher."""
+        return self.blocks.fingerprint()
+
+    def head_tensors(self, spec: CacheSpec) -> dict[str, Tensor]:
+        """Weight and bias of the output head, for the ids that are answered over."""
+        return {name: value[: spec.vocab_size].to(self.dtype) for name, value in self.blocks.read(HEAD).items()}
+
+    def announce(self, tokens: int | None) -> None:
+        """Say what there is to read for so many tokens; None is not known."""
+        one, hashed = sum(map(self.blocks.bytes, self.blocks.parts)), weight_bytes(self._path)
+        line = f"up to {self.tokens:,} tokens in one pass over {one / 1e9:,.2f} GB of weights"
+        if tokens:
+            passes = -(-tokens // max(1, self.tokens))
+            total = passes * one + hashed
+            line += f": {passes} for {tokens:,} tokens, {total / 1e9:,.2f} GB to read with the files' hash"
+            line += f" ({total / tokens:,.0f} bytes a token)"
+        get_console().log(line)
+
+    def each(self, batches: Iterable[Texts], spec: CacheSpec, writer: CacheWriter) -> Iterator[Answered]:
+        """Every batch of texts with its answers, or with None if the cache holds them all.
+
+        The caller adds what it is given before it asks for more.
+        """
+        fresh = True
+        for group in _groups(batches, self.tokens):
+            if all(writer.holds(ids) for texts in group for ids in texts):
+                yield from ((texts, None) for texts in group)
+                continue
+            for number, hidden_BTD in self._walk(group, spec, fresh):
+                texts = group[number]
+                held = all(writer.holds(ids) for ids in texts)
+                yield texts, None if held else self._at_head(texts, spec, hidden_BTD)
+            writer.flush()
+            fresh = False
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _walk(self, group: list[Texts], spec: CacheSpec, fresh: bool) -> Iterator[tuple[int, Tensor]]:
+        """The last layer's outputs of each batch of a group, `[B, T, D]`, with the head in hand."""
+        walk = Walk(self.blocks, [pad_texts(texts) for texts in group], self._place(group, spec))
+        walk.require_room(2)
+        order = [*walk.forward_order(), HEAD]
+        for part in self.blocks.visit(order, fresh=order if fresh else ()):
+            if part != HEAD:
+                walk.forward(part)
+                continue
+            for number in range(len(group)):
+                yield number, walk.read("inputs", walk.layers, number)
+
+    def _place(self, group: list[Texts], spec: CacheSpec) -> Path:
+        """Where the hidden states of a group lie; those of any other one are taken away."""
+        digest = hashlib.sha256(f"{spec.weights_sha256} {self.dtype} {self.blocks.device.type}".encode())
+        for texts in group:
+            digest.update(b"".join(map(text_key, texts)) + b"|")
+        place = self._work / digest.hexdigest()[:16]
+        if self._work.is_dir():
+            for other in self._work.iterdir():
+                if other != place:
+                    shutil.rmtree(other)
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+
+def _groups(batches: Iterable[Texts], tokens: int) -> Iterator[list[Texts]]:
+    """Batches, as many together as have so many tokens with their padding; at least one.
+
+    The same batches give the same groups, whatever is answered already.
+    """
+    group: list[Texts] = []
+    taken = 0
+    for texts in batches:
+        size = len(texts) * max(map(len, texts))
+        if group and taken + size > tokens:
+            yield group
+            group, taken = [], 0
+        group.append(texts)
+        taken += size
+    if group:
+        yield group
