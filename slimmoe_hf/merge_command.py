@@ -8,7 +8,7 @@ import rich
 from rich.console import Console
 
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.command_inputs import output_path, require
+from slimmoe_hf.command_inputs import output_path, require, size_of
 from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.loading import find_checkpoint, load_config

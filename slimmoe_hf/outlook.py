@@ -32,6 +32,7 @@ EFFICIENCY = 0.25
 """Share of a large matrix product's speed that a mixture of experts gets in training. Assumed."""
 _READ, _WRITE = 1.5e9, 0.5e9  # bytes per second of a disk; assumed
 _SHARDED = ("weights", "gradients", "optimizer", "teacher")  # what FSDP2 spreads over its processes
+_LAYERED = ("weights", "activations", "statistics")  # of which a streamed sweep holds a layer's
 _GENEROUS = 0.85  # a run is refused only when this share of the estimate does not fit
 
 
@@ -180,8 +181,16 @@ class _Outlook:
         calibration, length = stage.calibration, self.recipe.data.max_length
         dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
         memory = scoring_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
+        sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
+        what = f"{calibration.tokens:,} tokens, {stage.criterion}, {calibration.loss}, {calibration.dtype}"
+        operations, reading = 4 * _active(config) * calibration.tokens, 0.0
+        if calibration.stream:
+            memory, layers = _streamed(memory, config), config.num_hidden_layers
+            operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
+            reading = 2 * parameter_counts(config).bytes(self.dtype) / _READ
+            passing = calibration.tokens * config.hidden_size * dtype.itemsize * (layers + 2)
+            what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
         device_bytes, host_bytes = self._held(memory, on_host)
-        operations = 4 * _active(config) * calibration.tokens
         separate = calibration.loss == "kd_topk" and (number > 1 or self.recipe.teacher is not None)
         if separate:
             weights = parameter_counts(self.outline.teacher_config).bytes(dtype)
@@ -189,10 +198,8 @@ class _Outlook:
                 (device_bytes, host_bytes + weights) if on_host else (device_bytes + weights, host_bytes)
             )
             operations += 2 * _active(self.outline.teacher_config) * calibration.tokens
-        what = f"{calibration.tokens:,} tokens, {stage.criterion}, {calibration.loss}, {calibration.dtype}"
         where = " on the host's CPU" if on_host and not self.on_cpu else ""
-        sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
-        seconds = self._seconds(operations, on_host)
+        seconds = self._seconds(operations, on_host) + reading
         key = f"stages.{number - 1}.calibration"
         return Step(f"stage-{number}/score", what + where, device_bytes, host_bytes, sums, seconds, key)
 
@@ -292,6 +299,12 @@ class _Outlook:
         return self.machine.host is not None
 
 
+def _streamed(memory: Memory, config: PreTrainedConfig) -> Memory:
+    """What `stream_stats` takes of what `collect_stats` takes: a layer's share, and another layer that is read ahead."""
+    parts = {name: size // (config.num_hidden_layers if name in _LAYERED else 1) for name, size in memory.parts.items()}
+    return memory.model_copy(update={"parts": {**parts, "read ahead": parts["weights"]}})
+
+
 def optimizer_of(name: str, dtype: str) -> Optimizer:
     """Which of the optimizers that `slimmoe_hf.memory` knows is nearest, never above, what Trainer's `optim` needs."""
     name = name.lower()
@@ -319,7 +332,7 @@ def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -
             if free is not None and needed * _GENEROUS > free:
                 remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
                 if step.name.endswith("/score") and what == "memory" and machine.host is not None:
-                    remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16."
+                    remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16; or its stream to true."
                 raise ValueError(
                     f"{step.name} needs about {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free on {machine.name}. "
                     f"{remedy}"

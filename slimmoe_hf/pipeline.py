@@ -48,6 +48,7 @@ from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, resolved
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
 
@@ -168,14 +169,17 @@ class _Pipeline:
         rows = take_rows(self.inputs.calibration, calibration.tokens)
         asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
         where = torch.device("cpu") if calibration.device == "cpu" else device()
-        teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
-        stats = collect_stats(
-            load_model(source, calibration.dtype, where, whole=True),
-            batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0),
-            loss=calibration.loss,
-            teacher=teacher,
-        )
+        given = batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0)
+        work = folder / "scoring"
+        if calibration.stream:
+            assert not asked, "`outline` has refused it"
+            stats = stream_stats(source, given, calibration.loss, work=work, dtype=calibration.dtype, device=where)
+        else:
+            teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
+            model = load_model(source, calibration.dtype, where, whole=True)
+            stats = collect_stats(model, given, loss=calibration.loss, teacher=teacher)
         stats.save(folder / "stats.safetensors")
+        shutil.rmtree(work, ignore_errors=True)
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 
     def _plan(self, folder: Path, stage: Stage) -> Result:

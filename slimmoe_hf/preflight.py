@@ -118,6 +118,13 @@ def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
             Terms(said.router_logits_weight, said.hidden_states_weight).check(made, teacher_config)
         except ValueError as error:
             raise ValueError(f"stages.{number}.distillation: {error}") from error
+    for number, stage in enumerate(recipe.stages):
+        own = number == 0 and model == teacher
+        if stage.calibration.stream and stage.calibration.loss == "kd_topk" and not own:
+            raise ValueError(
+                f"stages.{number}.calibration.stream: kd_topk is streamed only against the model itself, which is the first "
+                "stage's without a teacher. Take loss: lm, or leave stream out."
+            )
     tokenizer = load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
     dtype = recipe.dtype or dtype_name(config)

@@ -85,6 +85,8 @@ class Calibration(_Strict):
         dtype: What is computed in. `float32` resolves the small gradients of the top-8 loss; `bfloat16` takes half the
             memory.
         device: `auto` is the first GPU where there is one; `cpu` for a model that is larger than the GPU.
+        stream: Hold one decoder layer in memory at a time, for a model that is larger than it. With `kd_topk` only
+            where the model is its own teacher: in the first stage, without a `teacher`.
     """
 
     tokens: Count = 131072
@@ -92,6 +94,7 @@ class Calibration(_Strict):
     batch_size: Count = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
+    stream: bool = False
 
 
 class Stage(_Strict):

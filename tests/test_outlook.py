@@ -73,6 +73,16 @@ def test_a_model_too_large_to_score_on_the_gpu_is_sent_to_the_cpu(tmp_path: Path
     assert score.memory == 0 and score.host > 0 and "on the host's CPU" in score.what
 
 
+def test_a_streamed_sweep_needs_two_layers_and_a_disk(tmp_path: Path):
+    both = [
+        planned(tmp_path, GPU, calibration={"tokens": 512, "loss": "lm", "stream": stream})[2]
+        for stream in (False, True)
+    ]
+    whole, streamed = (next(step for step in steps if step.name == "stage-1/score") for steps in both)
+    assert streamed.memory <= whole.memory and streamed.seconds > whole.seconds and streamed.disk == whole.disk
+    assert "a layer at a time; meanwhile 0.0 GB on the disk" in streamed.what
+
+
 def test_an_offloaded_teacher_moves_from_the_gpu_to_the_host(tmp_path: Path):
     values = tiny_recipe(tmp_path)
     recipe = parse_recipe(values, "recipe.yaml")

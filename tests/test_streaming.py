@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import rich
 import torch
+from recipes import tiny_recipe
 from runs import in_child, unequal_rows
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB_SIZE, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
 
-from slimmoe_hf import Target, cli, commands, make_plan
+from slimmoe_hf import Target, cli, commands, make_plan, pipeline, run_recipe
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.loading import load_model
+from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.walk import Walk
@@ -278,6 +280,19 @@ def test_another_request_is_refused_and_overwrite_begins_anew(origin: Path, tmp_
         stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False)
     anew = stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False, overwrite=True)
     assert worst(anew, collect_stats(load_model(origin / "model"), text()[:1], progress=False)) < 1e-5
+
+
+def test_a_recipe_may_stream_its_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    values = tiny_recipe(tmp_path)
+    values["stages"] = values["stages"][:1]
+    values["stages"][0] |= {"calibration": {"tokens": 512, "stream": True}, "distillation": {"max_steps": 1}}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "collect_stats", None)
+        run_recipe(parse_recipe(values, "recipe"))
+    stage = tmp_path / "run" / "stage-1"
+    assert {path.name for path in stage.iterdir()} >= {"stats.safetensors", "plan"} and not (stage / "scoring").exists()
+    stats = ExpertStats.load(stage / "stats.safetensors")
+    assert stats.meta.loss == "kd_topk" and stats.meta.tokens >= 512 and stats.taylor_LEF.sum() > 0
 
 
 def write(model: Path, folder: Path, **more: Any) -> TeacherCache:
