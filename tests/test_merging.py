@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_checkpoint import LAYOUTS, same_tensors, saved
 from test_plan import fake_stats
-from tiny import NUM_EXPERTS, tiny_batch, tiny_model, tiny_tokenizer
+from tiny import NUM_EXPERTS, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
 from torch.testing import assert_close
 
+from slimmoe_hf import cli, commands
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.describe import describe_plan
@@ -217,3 +218,26 @@ def test_statistics_of_another_model_and_damaged_plans_are_refused(tmp_path: Pat
         save_file(kept, tmp_path / damage / "plan.safetensors")
         with pytest.raises(ValueError, match=message):
             CompressionPlan.load(tmp_path / damage)
+
+
+def test_the_command_merges_a_checkpoint_and_answers_bad_input_in_one_line(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+    source, text = save_tiny(tmp_path / "model"), write_text(tmp_path / "text.jsonl")
+    given = ["merge", str(source), "--data", str(text), "--max-length", "64", "--tokens", "512", "--output"]
+    for more, message in (
+        ([], "merge needs num_experts"),
+        (["--num-experts", "1"], "num_experts=1 is not between the 2 that"),
+        (["--num-experts", "4"], "--num-experts 4: the model has no more"),
+        (["--num-experts", "3", "--similarity", "x"], "--similarity x: unknown; use one of router_logits"),
+        (["--num-experts", "3", "--grouping", "x"], "--grouping x: unknown; use one of dominant, clusters"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*given, str(tmp_path / "merged"), *more]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "merged").exists()
+    choices = ["--similarity", "outputs", "--grouping", "clusters"]
+    assert cli.main([*given, str(tmp_path / "merged"), "--num-experts", "3", *choices]) == 0
+    plan = CompressionPlan.load(tmp_path / "merged" / "plan")
+    ours, theirs = load_model(tmp_path / "merged"), apply_plan(load_model(source), plan)
+    assert shape_of(ours.config).num_experts == 3 and plan.meta.merging.grouping == "clusters"
+    assert torch.equal(ours(**tiny_batch()).logits, theirs(**tiny_batch()).logits)
+    assert cli.main([*given, str(tmp_path / "merged"), "--num-experts", "3"]) == 2, "nothing is overwritten unasked"
