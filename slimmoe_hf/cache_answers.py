@@ -118,7 +118,8 @@ def write_cache(
     )  # fmt: skip
     total = _count(rows)
     _require_room(folder, spec, total)
-    asked.announce(total)
+    if state.is_main_process:
+        asked.announce(total)
     try:
         with CacheWriter(folder, spec, shard_bytes, overwrite) as writer, _Meter(spec, total, state) as meter:
             mine = _dealt(state.process_index, state.num_processes)

@@ -50,7 +50,7 @@ class StreamedAnswers:
             memory: Bytes that this may take; None is half of what is free.
 
         Raises:
-            ValueError: As `blocks.Blocks` and `answers.Answers`; or there is no memory for one token.
+            ValueError: As `blocks.Blocks` and `answers.Answers`.
         """
         self.blocks = Blocks(path, getattr(torch, dtype), device)
         self.config, self.dtype, self._path, self._work = self.blocks.config, self.blocks.dtype, path, work
@@ -103,7 +103,7 @@ class StreamedAnswers:
     def _walk(self, group: list[Texts], spec: CacheSpec, fresh: bool) -> Iterator[tuple[int, Tensor]]:
         """The last layer's outputs of each batch of a group, `[B, T, D]`, with the head in hand."""
         walk = Walk(self.blocks, [pad_texts(texts) for texts in group], self._place(group, spec))
-        walk.require_room(2)
+        walk.require_room(2, "a smaller --stream-memory")
         order = [*walk.forward_order(), HEAD]
         for part in self.blocks.visit(order, fresh=order if fresh else ()):
             if part != HEAD:

@@ -141,7 +141,7 @@ class _Sweep:
         forth = [] if turned else [*walk.forward_order(), HEAD]
         back = list(reversed(range(min([*walk.have("sums"), last]))))
         order = [*forth, *back]
-        walk.require_room(last + 2)
+        walk.require_room(last + 2, "fewer --tokens")
         self._announce(order)
         passed = set(forth)
         visits = self.blocks.visit(order, fresh=forth, hashed=True)
