@@ -258,6 +258,7 @@ def _kill_after_the_teacher_answered() -> None:
 _SAVE = RunFolder._save
 
 
+@pytest.mark.slow  # four runs
 def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(home: Path, report: Report, tmp_path: Path):
     """All of the vocabulary is kept, in float16; killed among its answers and right after them, nothing changes."""
     recipe, output = _with(home, tmp_path, teacher_cache={"top_k": VOCAB_SIZE}), tmp_path / "run"
