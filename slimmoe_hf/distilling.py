@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from slimmoe_hf.admission import silence_input_jitter
 from slimmoe_hf.cached_teacher import COLUMNS, CachedTeacher
@@ -165,6 +166,14 @@ class DistillingTrainer(PublishingTrainer, ResumableTrainer, TokenEvaluation):
         with load.counting() if load is not None else nullcontext():
             outputs: DistillationOutput = model(**model_inputs, **routing, use_cache=False, distil=distil)
         return outputs
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; arguments as `ResumableTrainer.train`. What an earlier, perhaps stopped, call has left counts no more."""
+        self._train_sums.clear()
+        self._micro_batches.clear()
+        if self._router_load is not None:
+            self._router_load.clear()
+        return super().train(*args, **kwargs)
 
     def run_settings(self) -> dict[str, Any]:
         """Besides those of `ResumableTrainer`, who teaches and what the loss is."""

@@ -58,6 +58,7 @@ class FusedLosses(NamedTuple):
     teacher_mass_N: Tensor
 
 
+@torch.compiler.disable  # it takes its own gradient
 def fused_distillation_loss(
     hidden_ND: Tensor,
     head: Head,

@@ -40,6 +40,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
+    @torch.compiler.disable
     def of(cls, model: PreTrainedModel) -> Head:
         """The output head of a model, for the hidden states that its head module takes.
 

@@ -81,6 +81,7 @@ class Distillation:
     logits: bool = False
     ahead: int = 1
 
+    @torch.compiler.disable(recursive=False)  # layers are compiled below it; hooks and the loss are no graph
     def run(self, model: Any, plain: Callable[..., Any], inputs: dict[str, Any]) -> DistillationOutput:
         """Forward and loss.
 
@@ -129,6 +130,8 @@ def predicted(labels_BT: Tensor, ahead: int = 1) -> Tensor:
 def add_distilling_head(model: PreTrainedModel) -> None:
     """Let a model's forward take `distil`, a `Distillation`; in place, on the instance.
 
+    A `copy.deepcopy` of it has a forward of its own, the plain one of its class, and takes `distil` too.
+
     Args:
         model: A language model, without a PEFT wrapper around it.
     """
@@ -136,7 +139,9 @@ def add_distilling_head(model: PreTrainedModel) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: Any, *args: Any, distil: Distillation | None = None, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if distil is None else distil.run(self, plain, kwargs)
+        # A copy of the model gets this function too, while `plain` stays that of the model, and runs its weights.
+        own = plain if self is model else functools.partial(type(self).forward, self)
+        return own(*args, **kwargs) if distil is None else distil.run(self, own, kwargs)
 
     vars(model)["forward"] = types.MethodType(forward, model)
 

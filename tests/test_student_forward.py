@@ -117,6 +117,36 @@ def test_no_logits_of_the_whole_batch_are_made(tmp_path: Path) -> None:
     assert set(sizes) == {1}  # the teacher's last token, which its forward cannot leave out
 
 
+def test_compiled_student_learns_the_same(tmp_path: Path) -> None:
+    plain, compiled = (
+        gradients_and_log(trainer_for(tmp_path, max_steps=1, learning_rate=0.0, **arguments))
+        for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )
+    assert_same(compiled, plain)
+
+
+def test_copy_of_a_trained_student_computes_with_its_own_weights(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "first")
+    trainer.train()
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    twin, ids = copy.deepcopy(student), torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.zero_()
+    assert not twin(ids).logits.any()
+    assert student(ids).logits.any()
+
+
+def test_copy_of_a_trained_student_teaches_the_next(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path / "first")
+    trainer.train()
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    second = trainer_for(tmp_path / "second", student=student, teacher_model=copy.deepcopy(student))
+    second.train()
+    assert second.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert second.state.log_history[1]["loss"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_prediction_gives_the_logits_and_the_loss_of_evaluation(tmp_path: Path) -> None:
     rows = unequal_rows(3)
     trainer = trainer_for(tmp_path, eval_dataset=rows)

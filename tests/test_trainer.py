@@ -250,6 +250,23 @@ def test_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and_b
     assert not (tmp_path / "checkpoint-3").exists()
 
 
+def test_stopped_training_leaves_nothing_behind_for_the_next(tmp_path: Path) -> None:
+    poison = PoisonAt(2)
+    trainer = trainer_for(tmp_path, callbacks=[poison], max_steps=2, logging_steps=5, crossentropy_weight=0.5)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(FloatingPointError, match="step 2"):
+        trainer.train()
+    trainer.remove_callback(poison)
+    trainer.model.load_state_dict(before)
+    trainer.args.logging_steps = 1
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "kl" in entry)
+    fresh = trainer_for(tmp_path / "fresh", max_steps=2, crossentropy_weight=0.5)
+    fresh.train()
+    assert first["kl"] == pytest.approx(fresh.state.log_history[0]["kl"], rel=1e-5)
+    assert first["num_tokens"] == fresh.state.log_history[0]["num_tokens"]
+
+
 class PoisonGradient(PoisonAt):
     """Make one gradient infinite after a finite loss."""
 
