@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import rich
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_writer import processes
 from slimmoe_hf.command_inputs import output_path, print_json, require, size_of, training_rows
+from slimmoe_hf.data import load_documents, tokenize
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.preflight import check_vocabulary
 
@@ -45,7 +48,7 @@ def _write(args: argparse.Namespace, teacher: str) -> None:
     tokenizer = load_tokenizer(path)
     check_vocabulary(load_config(path), tokenizer, path)
     done = write_cache(
-        teacher, training_rows(args, tokenizer), output, tokenizer=tokenizer, revision=args.revision, kind=args.kind,
+        teacher, _rows(args, tokenizer), output, tokenizer=tokenizer, revision=args.revision, kind=args.kind,
         top_k=args.top_k, temperatures=args.temperature, vocab_size=args.vocab_size, batch_size=args.batch_size,
         dtype=args.dtype, shard_bytes=size, data={name: vars(args)[name] for name in _DATA}, overwrite=args.overwrite,
         stream=args.stream, stream_memory=None if args.stream_memory is None else size_of(args, "stream_memory"),
@@ -56,6 +59,16 @@ def _write(args: argparse.Namespace, teacher: str) -> None:
             f"{output}: answers to {manifest.texts + manifest.answers:,} tokens in {manifest.texts:,} texts, "
             f"{_size(done):,} bytes; look into it with: slimmoe cache inspect {output}"
         )
+
+
+def _rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows that `distill` trains on, and those of further splits, whole, as it evaluates on them: `train+validation`."""
+    first, *others = args.split.split("+")
+    rows = [training_rows(argparse.Namespace(**vars(args) | {"split": first}), tokenizer)]
+    for split in others:
+        documents = load_documents(args.data, split, args.data_revision)
+        rows.append(tokenize(documents, tokenizer, args.max_length, args.packing))
+    return concatenate_datasets(rows)
 
 
 def _inspect(args: argparse.Namespace, folder: Path) -> None:

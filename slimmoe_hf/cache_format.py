@@ -160,7 +160,7 @@ def bytes_per_answer(top_k: int, vocab_size: int) -> int:
 
 def unfinished(folder: Path) -> Path:
     """Where a cache is while it is being written."""
-    return folder.with_name(f"{folder.name}.unfinished")
+    return folder.absolute().with_name(f"{folder.absolute().name}.unfinished")
 
 
 def text_key(ids: Any) -> bytes:

@@ -183,7 +183,15 @@ def distill(args: argparse.Namespace) -> None:
     if args.teacher_cache is not None:
         cached = CachedTeacher(TeacherCache.open(args.teacher_cache), arguments.divergence())
         cached.check(config.vocab_size, tokenizer)
-        cached.check_rows([train, validation], files=False)
+        cached.check_rows([train], files=False)
+        try:
+            cached.check_rows([validation], files=False)
+        except ValueError as error:
+            when = arguments.to_dict()["eval_strategy"]
+            raise ValueError(
+                f"{str(error).rstrip('.')}; eval_strategy={when} evaluates on the validation split: write the cache with "
+                "--split train+validation, or leave eval_strategy out."
+            ) from None
     same_request(checkpoints, {
         "student": weights_sha256(student), "data": dataset_hash(train),
         "teacher": weights_sha256(teacher) if teacher else files_sha256([Path(args.teacher_cache) / MANIFEST]),

@@ -340,6 +340,7 @@ def _add_cache(commands: Any) -> None:
     parser = _add(
         commands, "cache", "Write what a teacher answers to a text to disk, to distil without it; or look into a cache.",
         "slimmoe cache write examples/teacher/model --data sotu --max-length 256 --output answers\n"
+        "  slimmoe cache write examples/teacher/model --data sotu --split train+validation ...    # distill evaluates too\n"
         "  slimmoe cache inspect answers --verify\n"
         "  torchrun --nproc-per-node 8 $(which slimmoe) cache write ...    # one teacher on each GPU",
     )  # fmt: skip

@@ -139,6 +139,7 @@ def test_a_damaged_cache_is_one_line(
         (["write", "m", "--data", "d", "--output", "o", "--dtype", "int8"], "--dtype int8: unknown; use float32"),
         (["write", "m", "--kind", "logits"], "--kind: invalid choice: 'logits'"),
         (["inspect", "nowhere"], "nowhere: no teacher cache there"),
+        (["inspect", "."], ".: no teacher cache there"),
     ],
 )
 def test_bad_arguments_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):

@@ -253,6 +253,23 @@ def test_a_cache_takes_the_teachers_place(home: Path, capsys: pytest.CaptureFixt
     assert not list(home.glob("other*"))
 
 
+def test_a_cache_of_both_splits_serves_a_distillation_that_evaluates(home: Path, capsys: pytest.CaptureFixture[str]):
+    text, config = ["--data", str(home / "text.jsonl"), *DATA], home / "evaluates.yaml"
+    config.write_text("eval_strategy: steps\neval_steps: 1\nper_device_eval_batch_size: 4\n")
+    save_tiny(home / "evaluated", intermediate_size=16)
+    given = ["distill", "--model", str(home / "evaluated"), *text, "--config", str(config), "--max-steps", "1"]
+    for split in ("train", "train+validation"):
+        write = ["cache", "write", str(home / "teacher"), *text, "--split", split, "--output", str(home / split)]
+        assert cli.main(write) == 0
+    alone = [*given, "--teacher-cache", str(home / "train"), "--output", str(home / "alone")]
+    line = one_error(capsys, *alone)
+    assert (
+        "eval_strategy=steps evaluates on the validation split: write the cache with --split train+validation" in line
+    )
+    both = [*given, "--teacher-cache", str(home / "train+validation"), "--output", str(home / "served")]
+    assert cli.main(both) == 0
+
+
 def test_flags_win_over_the_config_file(home: Path, capsys: pytest.CaptureFixture[str]):
     values = {
         "model": str(home / "teacher"),
