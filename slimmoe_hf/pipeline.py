@@ -21,7 +21,6 @@ import slimmoe_hf
 from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
-from slimmoe_hf.cache_format import MANIFEST
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
@@ -137,7 +136,7 @@ class _Pipeline:
         models = [self._measured("teacher", self.inputs.teacher, 0, "teacher", {})]
         source = self.inputs.model
         if self.recipe.teacher_cache is not None:
-            self.step(CACHE, [f"{CACHE}/{MANIFEST}"], self._ask_teacher)
+            self.step(CACHE, [CACHE], self._ask_teacher)
         for number, stage in enumerate(self.recipe.stages, 1):
             models += self._stage(number, stage, source)
             source = self.folder / f"stage-{number}" / "model"
@@ -200,7 +199,7 @@ class _Pipeline:
         assert asked is not None
         if (self.folder / CACHE).exists():
             try:
-                TeacherCache.open(self.folder / CACHE)
+                TeacherCache.open(self.folder / CACHE).verify()
             except ValueError:
                 shutil.rmtree(self.folder / CACHE)
             else:

@@ -264,6 +264,8 @@ def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(home: Path, report: 
     recipe, output = _with(home, tmp_path, teacher_cache={"top_k": VOCAB_SIZE}), tmp_path / "run"
     for arrange in (_kill_while_the_teacher_answers, _kill_after_the_teacher_answered):
         assert in_child(_run_and_die, arrange, recipe, output) == -signal.SIGKILL
+    shard = next((output / CACHE).glob("answers-*"))
+    shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))  # a disk that forgets: the teacher is asked again
     found = run_recipe(recipe, output)
     assert found is not None and TeacherCache.open(output / CACHE).manifest.answers > 1500
     whole = run_recipe(recipe, tmp_path / "whole")
