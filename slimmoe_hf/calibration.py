@@ -114,7 +114,7 @@ def collect_stats(
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
-            _backward(model, teacher, token_loss, batch, number)
+            _backward(model, teacher, token_loss, batch, number, sweep)
             seen.add(batch["input_ids"], sweep)
     tensors = stack_layers([each.tensors() for each in sums])
     data_sha256 = _reduce(tensors, seen)
@@ -177,7 +177,7 @@ class Seen:
 
 
 def _backward(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int
+    model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int, sweep: Sweep
 ) -> None:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels_N = next_tokens(batch).flatten()
@@ -187,7 +187,7 @@ def _backward(
         if teacher is None:
             teacher_NV = logits_NV.detach()
         else:
-            with torch.no_grad():
+            with torch.no_grad(), sweep.deaf():
                 on_device = {name: value.to(teacher.device) for name, value in inputs.items()}
                 teacher_NV = teacher(**on_device, use_cache=False).logits.flatten(0, 1).to(model.device)[predicted]
             vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])

@@ -45,6 +45,15 @@ class Sweep:
         self.sequences = int(self.sequence_N[-1]) + 1
         self.listening = True
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Forward passes within the block leave no trace: a teacher may be the very model that is scored."""
+        self.listening = False
+        try:
+            yield
+        finally:
+            self.listening = True
+
 
 def _accumulator(device: torch.device, *shape: int) -> Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64

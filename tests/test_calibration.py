@@ -212,3 +212,11 @@ def test_the_weights_hash_is_of_the_values_whatever_the_dtype(family):
     moe_layers(changed)[0][1].down_proj.data[0, 0, 0] += 1
     assert model_sha256(model) != model_sha256(changed)
     assert shape_of(model.config) == shape_of(changed.config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_teacher_is_asked_does_not_count_though_it_be_the_model_itself(family):
+    model = tiny_model(family)
+    alone, taught = (collect_stats(model, [tiny_batch()], teacher=teacher, progress=False) for teacher in (None, model))
+    for name, tensor in alone.tensors().items():
+        assert rel(taught.tensors()[name], tensor) < 1e-5, name
