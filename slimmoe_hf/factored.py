@@ -289,6 +289,15 @@ def factored_weights(model: nn.Module) -> dict[str, Weight]:
     }
 
 
+def refuse_factored(model: nn.Module) -> None:
+    """Raise ValueError if a model's experts are factored: what scores, cuts or merges experts looks for dense ones."""
+    if factored_weights(model):
+        raise ValueError(
+            "the experts of this model are factored, so they can be neither scored nor cut nor merged. Slim or merge first and "
+            "factor then, or call slimmoe_hf.factorization.densify(model)."
+        )
+
+
 def uninstall(model: PreTrainedModel) -> None:
     """Put stock experts with dense weights back, in place: the reverse of `install`."""
     fused = {name: module for name, module in model.named_modules() if isinstance(module, FactoredExperts)}

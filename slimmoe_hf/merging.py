@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend, Merging
+from slimmoe_hf.factored import refuse_factored
 from slimmoe_hf.families import ExpertLayout, family_of, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.surgery import check_fits
 
 Reference = Literal["dominant", "first"]
 
@@ -152,6 +154,7 @@ def plan_merge(
     for name, given, known in (("similarity", similarity, SIMILARITIES), ("grouping", grouping, GROUPINGS)):
         if given not in known:
             raise ValueError(f"{name} {given!r} is unknown; use one of {', '.join(known)}.")
+    refuse_factored(model)
     if stats.meta.fingerprint not in (None, model_fingerprint(model)):
         raise ValueError("the statistics are of other weights than the model's. Score this model.")
     most_used = make_plan(stats, Target(num_experts=num_experts), "frequency")
@@ -224,7 +227,7 @@ def duplicate_merged(model: PreTrainedModel, plan: CompressionPlan) -> PreTraine
     """
     if not plan.blends:
         raise ValueError("the plan merges no experts: there is nothing to duplicate. Make one with plan_merge.")
-    plan.check_fits(model.config)
+    check_fits(model, plan)
     plan.check()
     layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
     for layer, module, _router in moe_layers(model):

@@ -15,7 +15,7 @@ from slimmoe_hf import card
 from slimmoe_hf.command_inputs import require
 from slimmoe_hf.hub import MODEL, complete_folder, write_extras
 from slimmoe_hf.lineage import CARD, Base, find_base
-from slimmoe_hf.loading import weights_sha256
+from slimmoe_hf.loading import FACTORED, weights_sha256
 from slimmoe_hf.report import Report
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
 from slimmoe_hf.upload import (
@@ -89,6 +89,11 @@ def _of_model(args: argparse.Namespace, folder: Path) -> dict[str, Content]:
     files = public_form(publishable(folder), folder, args.base_model)
     adapter = ADAPTER in files
     config = json.loads((folder / (ADAPTER_CONFIG if adapter else "config.json")).read_text(encoding="utf-8"))
+    if FACTORED in config:
+        raise ValueError(
+            f"{folder}: its experts are factored, and the card would say that plain transformers loads it. Push "
+            "densify(load_factored(folder)), saved to another folder."
+        )
     origin = str(config.get("base_model_name_or_path" if adapter else "_name_or_path") or "")
     card.refuse_orders(folder / CARD, None if adapter else args.base_model, args.license)
     written = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""

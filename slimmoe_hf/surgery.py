@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend
+from slimmoe_hf.factored import refuse_factored
 from slimmoe_hf.families import family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
@@ -55,14 +56,15 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
 
 def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError unless the plan starts from this model's family and sizes."""
+    refuse_factored(model)
     plan.check_fits(model.config)
     have = {view.index for view in layer_views(model) if view.experts is not None}
     if missing := (set(plan.neurons) | set(plan.experts)) - have:
         raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
-    if plan.experts and have - set(plan.experts):
-        raise ValueError(
-            f"the plan drops no experts in layers {sorted(have - set(plan.experts))}; all need the same number."
-        )
+    everywhere = {"neurons": have, "experts": have, "groups": set(range(plan.meta.before.layers))}
+    for kind, layers in everywhere.items():
+        if plan.kept[kind] and (left := layers - plan.kept[kind].keys()):
+            raise ValueError(f"the plan drops no {kind} in layers {sorted(left)}; all need the same number.")
 
 
 def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:

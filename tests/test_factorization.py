@@ -20,7 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from slimmoe_hf import DistillationTrainer
+from slimmoe_hf import DistillationTrainer, Target, apply_plan, collect_stats, make_plan
+from slimmoe_hf.callbacks import refuse_what_cannot_be_cut
 from slimmoe_hf.cli import main
 from slimmoe_hf.factored import FactoredWeight, PackedWeight, expert_matrices, factorable, factored_weights
 from slimmoe_hf.factored_checkpoint import load_factored, save_factored
@@ -34,6 +35,7 @@ from slimmoe_hf.factorization import (
     stable_rank_table,
     stable_ranks,
 )
+from slimmoe_hf.merging import duplicate_merged, plan_merge
 from slimmoe_hf.shards import read_header
 from slimmoe_hf.sparsity import STATE, SparsityCallback, SparsitySchedule
 
@@ -566,3 +568,28 @@ def test_a_copy_of_a_factored_model_is_its_own():
     assert all(
         isinstance(w, FactoredWeight) and not isinstance(w, PackedWeight) for w in factored_weights(other).values()
     )
+
+
+def test_a_factored_model_is_neither_scored_nor_cut_nor_merged():
+    model = tiny_model("phimoe")
+    stats = collect_stats(model, [tiny_batch()], progress=False)
+    merging = plan_merge(model, stats, 3)
+    factored = factor_experts(model, rank=8)
+    before = {name: tensor.clone() for name, tensor in factored.state_dict().items()}
+    for refused in (
+        lambda: collect_stats(factored, [tiny_batch()], progress=False),
+        lambda: apply_plan(factored, make_plan(stats, Target(num_experts=3))),
+        lambda: apply_plan(factored, make_plan(stats, Target(kv_groups=1))),
+        lambda: plan_merge(factored, stats, 3),
+        lambda: duplicate_merged(factored, merging),
+        lambda: refuse_what_cannot_be_cut(factored),
+    ):
+        with pytest.raises(ValueError, match=r"are factored, so they can be neither scored .*densify\(model\)\.$"):
+            refused()
+    assert all(torch.equal(before[name], tensor) for name, tensor in factored.state_dict().items())
+
+
+def test_a_factored_folder_is_not_pushed_with_a_card_that_says_it_is_stock(tmp_path: Path, capsys):
+    factor_experts(tiny_model("phimoe"), rank=8).save_pretrained(tmp_path / "packed")
+    assert main(["push", str(tmp_path / "packed"), "me/packed", "--dry-run"]) == 2
+    assert "packed: its experts are factored, and the card would say" in " ".join(capsys.readouterr().err.split())
