@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blends import KINDS, Blend, Merging
-from slimmoe_hf.criteria import Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
+from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
 from slimmoe_hf.families import Shape, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
 
@@ -298,8 +298,9 @@ class CompressionPlan:
             "groups": ((after.kv_groups,), before.kv_groups),
             "experts": ((after.num_experts,), before.num_experts),
         }
-        if after.num_experts != before.num_experts and not self.experts:
-            raise ValueError("the plan drops experts and does not say which. Make it again.")
+        for kind, size in (("neurons", "expert_width"), ("groups", "kv_groups"), ("experts", "num_experts")):
+            if vars(after)[size] != vars(before)[size] and not self.kept[kind]:
+                raise ValueError(f"the plan drops {kind} and does not say which. Make it again.")
         for layer, blend in self.blends.items():
             blend.check(before.num_experts, after.num_experts, before.expert_width, f"plan merging of layer {layer}")
         if self.blends and (self.neurons or self.groups or self.blends.keys() != self.experts.keys()):
@@ -359,7 +360,7 @@ def make_plan(
     ]  # fmt: skip
     meta = PlanMeta(
         family=stats.meta.family, before=before, after=after, target=target, criterion=criterion, seed=seed,
-        expert_criterion=of_experts if experts.kept else None,
+        expert_criterion=of_experts if experts.kept or criterion not in CRITERIA else None,
         loss=stats.meta.loss, model_sha256=stats.meta.model_sha256, fingerprint=stats.meta.fingerprint,
         data_sha256=stats.meta.data_sha256,
         stats_sha256=stats.sha256, teacher_sha256=stats.meta.teacher_sha256,

@@ -347,6 +347,12 @@ def test_experts_alone_are_drawn_by_the_criterion_that_chose_them(tmp_path: Path
     assert kept.title == "Cut: layers to 2 of 4 experts" and png(kept)
 
 
+def test_a_stage_that_keeps_every_expert_is_drawn_by_a_criterion_of_experts_too(tmp_path: Path):
+    folder = made_up_run(tmp_path / "run", "olmoe", Target(num_experts=NUM_EXPERTS), "reap")
+    kept = read_pictures([folder])[0]["kept"]
+    assert isinstance(kept, Kept) and kept.stages[0].words == "Stage 1 kept every neuron, and 2 of 2 key/value groups"
+
+
 def test_groups_alone_leave_no_score_histogram(blank: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made_up_run(tmp_path / "run", "mixtral", Target(kv_groups=1))
     assert [plot.name for plot in draw([folder], tmp_path / "plots")] == [name for name in NAMES if name != "scores"]

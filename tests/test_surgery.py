@@ -178,12 +178,19 @@ def test_after_experts_went_the_auxiliary_loss_is_that_of_the_reloaded_model(fam
     assert numbers and set(numbers.values()) == {3}, numbers
 
 
-def test_a_plan_that_forgets_a_layer_is_refused_and_nothing_is_changed():
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("experts", Target(num_experts=3)), ("neurons", Target(expert_width=16)), ("groups", Target(kv_groups=1))],
+    ids=str,
+)
+def test_a_plan_that_forgets_a_layer_is_refused_and_nothing_is_changed(kind, target):
     model = tiny_model("phimoe")
-    plan = random_plan(model, Target(num_experts=3))
-    lacking = dataclasses.replace(plan, experts={0: plan.experts[0]})
-    with pytest.raises(ValueError, match=r"drops no experts in layers \[1\]; all need the same number"):
+    plan = random_plan(model, target)
+    lacking = dataclasses.replace(plan, **{kind: {0: plan.kept[kind][0]}})
+    with pytest.raises(ValueError, match=rf"drops no {kind} in layers \[1\]; all need the same number"):
         apply_plan(model, lacking)
+    with pytest.raises(ValueError, match=f"drops {kind} and does not say which"):
+        apply_plan(model, dataclasses.replace(plan, **{kind: {}}))
     assert model_sha256(model) == model_sha256(tiny_model("phimoe"))
 
 

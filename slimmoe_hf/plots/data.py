@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimmoe_hf.criteria import CRITERIA, expert_ranking, ranking
+from slimmoe_hf.criteria import CRITERIA, expert_ranking, of_kept_experts, ranking
 from slimmoe_hf.lineage import public_name
-from slimmoe_hf.plan import CompressionPlan, of_kept_experts
+from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores, ScoreStage
 from slimmoe_hf.plots.recovery import (
     Collapse,
