@@ -102,7 +102,7 @@ def score(args: argparse.Namespace) -> None:
     output = output_path(args, file=True)
     stats = scored(args, output)
     stats.save(output)
-    remove_work(output)
+    remove_work(args, output)
     rich.print(
         f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
     )
@@ -157,7 +157,8 @@ def slim(args: argparse.Namespace) -> None:
         args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
         delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,
     )  # fmt: skip
-    remove_work(output)
+    if args.plan is None:
+        remove_work(args, output)
     rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
 
 

@@ -61,9 +61,10 @@ def scored_model(args: argparse.Namespace, expert_outputs: bool = False) -> tupl
     return model, collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
 
 
-def remove_work(output: Path) -> None:
-    """Take away what a streamed sweep kept to continue."""
-    shutil.rmtree(_work(output), ignore_errors=True)
+def remove_work(args: argparse.Namespace, output: Path) -> None:
+    """Take away what a streamed sweep kept to continue; nothing where there was none."""
+    if args.stream:
+        shutil.rmtree(_work(output), ignore_errors=True)
 
 
 def _work(output: Path) -> Path:

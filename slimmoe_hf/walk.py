@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +25,6 @@ from slimmoe_hf.atomic import PARTIAL, flush_entry, write_text
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 
 Batch = Mapping[str, Tensor]
-Around = Callable[[int], AbstractContextManager[Any]]
 _REQUEST, _LOCK = "request.json", ".lock"
 
 
@@ -51,6 +49,12 @@ class WalkFolder:
             self._lock.acquire()
         except Timeout:
             raise ValueError(f"{folder}: another process is at work there. Wait for it, or end it.") from None
+        strange = [
+            entry.name for entry in folder.iterdir() if entry.name.removeprefix(PARTIAL) not in (_REQUEST, _LOCK)
+        ]
+        if strange and not (folder / _REQUEST).exists():
+            self._lock.release()
+            raise ValueError(f"{folder}: holds files that slimmoe did not write ({strange[0]}). Give another --output.")
         asked = json.loads(json.dumps(request))
         file = folder / _REQUEST
         if file.exists() and not overwrite:
@@ -70,11 +74,6 @@ class WalkFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._lock.release()
-
-    def remove(self) -> None:
-        """Take the folder away: the work is done."""
-        self._lock.release()
-        shutil.rmtree(self.path)
 
 
 def _empty(folder: Path) -> None:
@@ -133,12 +132,11 @@ class Walk:
         return list(range(done[-1], self.layers)) if done else [EMBEDDINGS, *range(self.layers)]
 
     @torch.no_grad()
-    def forward(self, part: int, around: Around = lambda _part: nullcontext(), keep: bool = False) -> None:
+    def forward(self, part: int, keep: bool = False) -> None:
         """Pass all batches through the part in hand.
 
         Args:
             part: A layer's number, or `EMBEDDINGS`.
-            around: What a layer runs inside of.
             keep: Its inputs too, for the way back.
         """
         if part == EMBEDDINGS:
@@ -148,8 +146,7 @@ class Walk:
         def passed(number: int) -> Tensor:
             return self.blocks.forward(part, self.read("inputs", part, number), self.on_device(number))
 
-        with around(part):
-            self.write("inputs", part + 1, passed)
+        self.write("inputs", part + 1, passed)
         if not keep:
             self.file("inputs", part).unlink()
 

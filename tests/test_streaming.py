@@ -244,6 +244,19 @@ def test_what_cannot_be_streamed_is_one_line(origin: Path, tmp_path: Path, capsy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_a_folder_that_only_has_the_name_of_our_work_is_left_alone(
+    origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    theirs = tmp_path / "out.scoring" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    message = one_error(capsys, *scoring(origin, "--stream", "--overwrite", "--output", str(tmp_path / "out")))
+    assert "out.scoring: holds files that slimmoe did not write (notes.txt). Give another --output." in message
+    assert cli.main(scoring(origin, "--output", str(tmp_path / "out"))) == 0
+    assert theirs.read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.scoring"]
+
+
 def spoilt(origin: Path, folder: Path, name: str) -> Path:
     """A copy of the model with a NaN in one of its weights."""
     shutil.copytree(origin / "model", folder)
