@@ -307,6 +307,11 @@ def plan_text(folder: Path) -> str:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         before, after, criterion = plan["before"], plan["after"], plan["criterion"]
         cut = cut_in_words(Shape(**before), Shape(**after))
+        merging, of_experts = plan.get("merging"), plan.get("expert_criterion")  # which older plans lack
+        if merging is not None:
+            how = f"by `{merging['similarity']}` into groups by `{merging['grouping']}`, averaged by how much each is used"
+            return f"Its experts were merged: {cut}, {how}; `{folder.name}/` says which."
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"It was slimmed: {cut}, chosen by `{criterion}`; `{folder.name}/` says which stayed."
+    chosen = f"`{criterion}`" if of_experts in (None, criterion) else f"`{criterion}`, experts by `{of_experts}`"
+    return f"It was slimmed: {cut}, chosen by {chosen}; `{folder.name}/` says which stayed."

@@ -1,8 +1,9 @@
 """A plan applied to a checkpoint on disk, one weight at a time: memory for a few tensors, whatever the model's size.
 
-Every weight of the slimmed checkpoint is a selection of rows or columns of one weight of the original, so both are
-walked once, in the order in which the original lies on disk. What is written has a name of its own until all of it has
-been verified; an interrupted cut continues with the first shard that is not whole.
+Every weight of the slimmed checkpoint is a selection of rows or columns of one weight of the original, or where experts
+are merged the sum of some of its weights; they are written in the order in which the original lies on disk. What is
+written has a name of its own until all of it has been verified; an interrupted cut continues with the first shard that
+is not whole.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def readme(report: Report, model: str) -> str:
     evaluation = report.evaluation
     return f"""# {model}, slimmed
 
-Made from `{model}` by `slimmoe run recipe.yaml` (slimmoe_hf {report.version}): experts narrowed stage by stage, each stage
+Made from `{model}` by `slimmoe run recipe.yaml` (slimmoe_hf {report.version}): cut stage by stage, each stage
 distilled from the original model. The licence of `{model}` applies.
 
 {lines}

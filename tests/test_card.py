@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,25 @@ def test_the_card_of_the_quickstart_is_one_that_could_be_published():
     assert list(metadata_errors(text)) == [] and len(card.images_of(text)) >= 4
     assert {"card-1.png", "card-2.png"} <= files.keys() and max(files.values()) < 300_000
     assert not any(place in text for place in ("/home/", "/tmp/", "/root", str(Path.cwd())))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, "It was slimmed: every layer from 4 to 3 experts, chosen by `taylor`; `plan/` says which stayed."),
+        ({"expert_criterion": "reap"}, "chosen by `taylor`, experts by `reap`; "),
+        (
+            {"merging": {"similarity": "router_logits", "grouping": "dominant", "reference": "dominant"}},
+            "Its experts were merged: every layer from 4 to 3 experts, by `router_logits` into groups by `dominant`",
+        ),
+    ],
+)
+def test_a_plan_beside_the_weights_is_put_in_words(more: dict[str, object], says: str, tmp_path: Path):
+    before = {
+        "expert_width": 32, "num_experts": 4, "top_k": 2, "query_heads": 4, "kv_groups": 2, "head_width": 8, "hidden_size": 32,
+        "layers": 2,
+    }  # fmt: skip
+    plan = {"before": before, "after": before | {"num_experts": 3}, "criterion": "taylor", **more}
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps(plan))
+    assert says in card.plan_text(tmp_path / "plan")
