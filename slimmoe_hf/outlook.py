@@ -79,6 +79,7 @@ class Step:
         memory: Bytes on the device. host: Bytes of the computer's memory (on a CPU, `memory` is that).
         disk: Bytes that it leaves. seconds: How long it may take.
         key: The setting of the recipe that its memory hangs on.
+        passing: Bytes of the disk that it takes and gives back.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Step:
     disk: int
     seconds: float
     key: str = ""
+    passing: int = 0
 
 
 def this_machine() -> Machine:
@@ -182,8 +184,9 @@ class _Outlook:
         dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
         memory = scoring_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
         sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
-        what = f"{calibration.tokens:,} tokens, {stage.criterion}, {calibration.loss}, {calibration.dtype}"
-        operations, reading = 4 * _active(config) * calibration.tokens, 0.0
+        criteria = ", ".join(dict.fromkeys(filter(None, (stage.criterion, stage.expert_criterion))))
+        what = f"{calibration.tokens:,} tokens, {criteria}, {calibration.loss}, {calibration.dtype}"
+        operations, reading, passing = 4 * _active(config) * calibration.tokens, 0.0, 0
         if calibration.stream:
             memory, layers = _streamed(memory, config), config.num_hidden_layers
             operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
@@ -201,7 +204,7 @@ class _Outlook:
         where = " on the host's CPU" if on_host and not self.on_cpu else ""
         seconds = self._seconds(operations, on_host) + reading
         key = f"stages.{number - 1}.calibration"
-        return Step(f"stage-{number}/score", what + where, device_bytes, host_bytes, sums, seconds, key)
+        return Step(f"stage-{number}/score", what + where, device_bytes, host_bytes, sums, seconds, key, passing)
 
     def _slim(self, number: int, stage: Stage, before: PreTrainedConfig, after: PreTrainedConfig) -> Step:
         read, written = parameter_counts(before).bytes(self.dtype), parameter_counts(after)
@@ -331,17 +334,23 @@ def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -
         for what, needed, free in (("memory", step.memory, machine.memory), ("host memory", step.host, machine.host)):
             if free is not None and needed * _GENEROUS > free:
                 remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
-                if step.name.endswith("/score") and what == "memory" and machine.host is not None:
+                if step.name.endswith("/score") and step.passing:
+                    remedy = f"Lower {step.key}.batch_size."
+                elif step.name.endswith("/score") and what == "memory" and machine.host is not None:
                     remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16; or its stream to true."
                 raise ValueError(
                     f"{step.name} needs about {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free on {machine.name}. "
                     f"{remedy}"
                 )
-    needed = sum(step.disk for step in steps)
+    written = needed = 0
+    for step in steps:
+        needed = max(needed, written + step.disk + step.passing)
+        written += step.disk
     if disk_free is not None and needed * _GENEROUS > disk_free:
+        lower = "calibration.tokens" if needed > written else "save_total_limit"
         raise ValueError(
             f"the run writes about {needed / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free on the disk. Free some, or lower "
-            "save_total_limit."
+            f"{lower}."
         )
 
 

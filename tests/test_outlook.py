@@ -81,6 +81,12 @@ def test_a_streamed_sweep_needs_two_layers_and_a_disk(tmp_path: Path):
     whole, streamed = (next(step for step in steps if step.name == "stage-1/score") for steps in both)
     assert streamed.memory <= whole.memory and streamed.seconds > whole.seconds and streamed.disk == whole.disk
     assert "a layer at a time; meanwhile 0.0 GB on the disk" in streamed.what
+    large = dataclasses.replace(streamed, passing=10**9)
+    check_room([large], GPU, 10**9)
+    with pytest.raises(ValueError, match=r"about 1\.0 GB, 0\.5 GB are free on the disk\. .* lower calibration\.tokens"):
+        check_room([large], GPU, 10**9 // 2)
+    with pytest.raises(ValueError, match=r"stage-1/score .* Lower stages\.0\.calibration\.batch_size"):
+        check_room([streamed], dataclasses.replace(GPU, memory=streamed.memory // 2), None)
 
 
 def test_an_offloaded_teacher_moves_from_the_gpu_to_the_host(tmp_path: Path):
