@@ -223,6 +223,7 @@ def evaluate_run(run: Path, *more: str) -> Report:
     return Report.load(run / "report.json")
 
 
+@pytest.mark.slow  # two runs of the harness over a whole run
 def test_results_of_a_run_are_added_to_its_report_beside_those_of_its_teacher(finished: Path):
     before = Report.load(finished / "report.json")
     report = evaluate_run(finished)

@@ -394,6 +394,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # a process of its own for each
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_one_line_with_the_remedy(
     fault: str,

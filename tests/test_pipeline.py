@@ -215,9 +215,9 @@ def _run_and_die(arrange: Callable[[], None], recipe: Path, output: Path) -> Non
 @pytest.mark.parametrize(
     ("arrange", "said", "reused"),
     [
-        (_kill_in_calibration, "stage-1/score ...", 1),
+        pytest.param(_kill_in_calibration, "stage-1/score ...", 1, marks=pytest.mark.slow),
         (_kill_in_training, "stage-2: continues from checkpoint-4", 11),
-        (_kill_between_stages, "stage-2/score ...", 7),
+        pytest.param(_kill_between_stages, "stage-2/score ...", 7, marks=pytest.mark.slow),
         (_kill_while_saving, "stage-1: continues from checkpoint-6", 5),
     ],
 )
@@ -359,6 +359,7 @@ def test_the_callback_and_the_pipeline_cut_alike(home: Path, report: Report, tmp
         assert torch.equal(tensor, slimmed[name]), name
 
 
+@pytest.mark.slow  # another whole run
 def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
     values = tiny_recipe(home)
     values["stages"] = values["stages"][:1]
@@ -369,6 +370,7 @@ def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
     assert found is not None and found.models[-1].loss < found.models[1].loss + 0.5
 
 
+@pytest.mark.slow  # another whole run
 def test_experts_go_over_stages_and_everything_that_is_written_says_so(home: Path, tmp_path: Path):
     """Four experts, three, two: routers, sizes, card, plans and pictures of a run whose models number experts anew."""
     values = tiny_recipe(home)
