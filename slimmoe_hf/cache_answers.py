@@ -88,34 +88,20 @@ def write_cache(
     state, folder = processes(), Path(folder)
     if not overwrite:
         refuse_existing(folder)
-    asked: Answers | StreamedAnswers
+    was_training = isinstance(teacher, PreTrainedModel) and teacher.training
     if isinstance(teacher, PreTrainedModel):
         assert not stream, "a model that is given is in memory"
-        name, sha256, was_training = (
-            str(teacher.config._name_or_path or "a model given in Python"),
-            None,
-            teacher.training,
-        )
-        asked = Answers(teacher.eval(), kind)
+        name, sha256 = str(teacher.config._name_or_path or "a model given in Python"), None
+        asked: Answers | StreamedAnswers = Answers(teacher.eval(), kind)
     else:
-        path, name, was_training = find_checkpoint(str(teacher), revision), str(teacher), False
+        path, name = find_checkpoint(str(teacher), revision), str(teacher)
         sha256 = broadcast_object_list([weights_sha256(path) if state.is_main_process else None])[0]
-        place = device or state.device
-        if stream:
-            work = folder.with_name(f"{folder.name}.stream-{state.process_index:03d}")
-            asked = StreamedAnswers(path, kind, _dtype(path, dtype, place), place, work, stream_memory)
-        else:
-            asked = Answers(load_model(path, _dtype(path, dtype, place), place), kind)
-    size = asked.config.get_text_config().vocab_size
-    spec = CacheSpec(
-        teacher=name, revision=revision, weights_sha256=sha256, fingerprint=asked.fingerprint,
-        tokenizer_sha256=vocabulary_sha256(tokenizer), vocab_size=min(vocab_size or size, size), kind=kind,
-        top_k=min(top_k, vocab_size or size, size) if kind == "top_k" else 0,
-        temperatures=tuple(dict.fromkeys((1.0, *temperatures))) if kind == "top_k" else (),
-        hidden_size=asked.width if kind == "hidden" else 0,
-        stored="bfloat16" if kind == "hidden" and asked.dtype == torch.bfloat16 else "float16",
-        computed=str(asked.dtype).removeprefix("torch."), data=dict(data or {}),
-    )  # fmt: skip
+        work = folder.with_name(f"{folder.name}.stream-{state.process_index:03d}") if stream else None
+        asked = _loaded(path, kind, dtype, device or state.device, work, stream_memory)
+    spec = _spec(asked, kind, top_k, temperatures, vocab_size).model_copy(update={
+        "teacher": name, "revision": revision, "weights_sha256": sha256, "data": dict(data or {}),
+        "tokenizer_sha256": vocabulary_sha256(tokenizer),
+    })  # fmt: skip
     total = _count(rows)
     _require_room(folder, spec, total)
     if state.is_main_process:
@@ -134,6 +120,31 @@ def write_cache(
     finally:
         if isinstance(teacher, PreTrainedModel):
             teacher.train(was_training)
+
+
+def _loaded(
+    path: Path, kind: Kind, dtype: str | None, place: torch.device, work: Path | None, memory: int | None
+) -> Answers | StreamedAnswers:
+    """A teacher from a checkpoint; with a folder to work in, one layer of it at a time."""
+    if work is None:
+        return Answers(load_model(path, _dtype(path, dtype, place), place), kind)
+    return StreamedAnswers(path, kind, _dtype(path, dtype, place), place, work, memory)
+
+
+def _spec(
+    asked: Answers | StreamedAnswers, kind: Kind, top_k: int, temperatures: Sequence[float], vocab_size: int | None
+) -> CacheSpec:
+    """What the answers will be, but for whose they are and to what."""
+    size = asked.config.get_text_config().vocab_size
+    size = min(vocab_size or size, size)
+    hidden = kind == "hidden"
+    return CacheSpec(
+        teacher="", tokenizer_sha256="", fingerprint=asked.fingerprint, vocab_size=size, kind=kind,
+        top_k=0 if hidden else min(top_k, size), temperatures=() if hidden else tuple(dict.fromkeys((1.0, *temperatures))),
+        hidden_size=asked.width if hidden else 0,
+        stored="bfloat16" if hidden and asked.dtype == torch.bfloat16 else "float16",
+        computed=str(asked.dtype).removeprefix("torch."),
+    )  # fmt: skip
 
 
 class _Meter:

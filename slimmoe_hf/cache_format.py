@@ -152,9 +152,22 @@ def normalised(log_probs_NK: Tensor, log_tail_N: Tensor, temperature: float = 1.
     return entries[..., :-1], entries[..., -1]
 
 
-def bytes_per_answer(top_k: int, vocab_size: int) -> int:
-    """Bytes of one answer of kind "top_k" over so many ids, at temperature 1."""
-    spec = CacheSpec(teacher="", tokenizer_sha256="", vocab_size=vocab_size, top_k=min(top_k, vocab_size))
+def bytes_per_answer(
+    vocab_size: int, top_k: int = TOP_K, kind: Kind = "top_k", hidden_size: int = 0, temperatures: int = 1
+) -> int:
+    """Bytes of one answer over so many ids, before there is a cache.
+
+    Args:
+        vocab_size: V.
+        top_k: K, of kind "top_k"; all V where there are fewer.
+        kind: As in `CacheSpec`.
+        hidden_size: D, of kind "hidden".
+        temperatures: How many it serves, 1.0 among them.
+    """
+    spec = CacheSpec(
+        teacher="", tokenizer_sha256="", vocab_size=vocab_size, kind=kind, top_k=min(top_k, vocab_size),
+        hidden_size=hidden_size, temperatures=(1.0,) * temperatures,
+    )  # fmt: skip
     return spec.bytes_per_answer
 
 

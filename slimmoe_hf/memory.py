@@ -233,7 +233,7 @@ def scoring_memory(
 
 def cache_bytes_per_token(vocab_size: int, top_k: int = CACHE_TOP_K) -> int:
     """Bytes of a teacher's cached answer to one token, as `cache_format` stores it."""
-    return bytes_per_answer(top_k, vocab_size)
+    return bytes_per_answer(vocab_size, top_k)
 
 
 @dataclass(frozen=True)

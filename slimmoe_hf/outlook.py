@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import DistillationConfig
-from slimmoe_hf.cache_format import CacheSpec
+from slimmoe_hf.cache_format import bytes_per_answer
 from slimmoe_hf.launch import is_sharded, processes_of
 from slimmoe_hf.loading import DEVICE_SHARE
 from slimmoe_hf.memory import Memory, Optimizer, Teacher, inference_memory, scoring_memory, training_memory
@@ -215,42 +215,39 @@ class _Outlook:
     def _evaluate(self, name: str, config: PreTrainedConfig) -> Step:
         evaluation = self.recipe.evaluation
         rows, length = evaluation.batch_size, evaluation.max_length or self.recipe.data.max_length
-        memory = inference_memory(config, batch=rows, length=length, dtype=self.computing)
         # `measure_loss` keeps all logits of a batch, and one row of them in float32.
         logits = (rows * self.computing.itemsize + 4) * length * self.outline.config.vocab_size
-        weights, room = memory.parts["weights"], int(self.machine.memory * DEVICE_SHARE)
-        waiting = 0 if self.on_cpu else max(weights - room, 0)  # as `load_model` spreads it
         what = f"loss on {self.test_tokens:,} tokens" if self.test_tokens else "loss on the whole split"
-        what += f"; {waiting / 1e9:.0f} GB of weights wait on the host" if waiting else ""
-        passes = -(-self.test_tokens // (rows * length))
-        seconds = self._seconds(2 * _active(config) * self.test_tokens) + passes * waiting / self.machine.transfer
-        return Step(name, what, memory.total + logits - waiting, waiting, 0, seconds, "evaluation.batch_size")
+        return self._read(name, what, config, self.test_tokens, (rows, length), "evaluation.batch_size", logits)
 
     def _ask_teacher(self, asked: TeacherCacheSpec) -> Step:
         config, length = self.outline.teacher_config, self.recipe.data.max_length
         tokens = self.rows * length if self.rows else self.recipe.data.tokens or 0
-        temperatures = {1.0, *(arguments.temperature for arguments in self.outline.arguments)}
-        size, width = config.vocab_size, config.hidden_size
-        spec = CacheSpec(
-            teacher="", tokenizer_sha256="", vocab_size=size, kind=asked.kind, temperatures=tuple(sorted(temperatures)),
-            top_k=min(asked.top_k, size) if asked.kind == "top_k" else 0, hidden_size=width if asked.kind == "hidden" else 0,
-        )  # fmt: skip
-        memory = inference_memory(config, batch=asked.batch_size, length=length, dtype=self.computing)
-        weights, room = memory.parts["weights"], int(self.machine.memory * DEVICE_SHARE)
-        waiting = 0 if self.on_cpu else max(weights - room, 0)
+        served = {1.0, *(arguments.temperature for arguments in self.outline.arguments)}
+        size = bytes_per_answer(config.vocab_size, asked.top_k, asked.kind, config.hidden_size, len(served))
         what = f"the teacher's answers to {tokens:,} tokens" if tokens else "the teacher's answers to the whole text"
-        what += f"; {waiting / 1e9:.0f} GB of its weights wait on the host" if waiting else ""
-        passes = -(-tokens // (asked.batch_size * length))
+        step = self._read(CACHE, what, config, tokens, (asked.batch_size, length), "teacher_cache.batch_size")
+        return replace(step, disk=tokens * size)
+
+    def _read(
+        self,
+        name: str,
+        what: str,
+        config: PreTrainedConfig,
+        tokens: int,
+        batch: tuple[int, int],
+        key: str,
+        more: int = 0,
+    ) -> Step:
+        """A model reads text once; weights that do not fit wait on the host and come over for every batch."""
+        rows, length = batch
+        memory = inference_memory(config, batch=rows, length=length, dtype=self.computing)
+        weights, room = memory.parts["weights"], int(self.machine.memory * DEVICE_SHARE)
+        waiting = 0 if self.on_cpu else max(weights - room, 0)  # as `load_model` spreads it
+        what += f"; {waiting / 1e9:.0f} GB of weights wait on the host" if waiting else ""
+        passes = -(-tokens // (rows * length))
         seconds = self._seconds(2 * _active(config) * tokens) + passes * waiting / self.machine.transfer
-        return Step(
-            CACHE,
-            what,
-            memory.total - waiting,
-            waiting,
-            tokens * spec.bytes_per_answer,
-            seconds,
-            "teacher_cache.batch_size",
-        )
+        return Step(name, what, memory.total + more - waiting, waiting, 0, seconds, key)
 
     def _distil(self, number: int, stage: Stage, student: PreTrainedConfig, arguments: DistillationConfig) -> Step:
         teacher, length, rows = self.outline.teacher_config, self.recipe.data.max_length, arguments.train_batch_size

@@ -33,7 +33,7 @@ from slimmoe_hf.plots import draw
 from slimmoe_hf.preflight import Inputs, check, outline, read_text
 from slimmoe_hf.recipe import Recipe, load_recipe
 from slimmoe_hf.report import Report
-from slimmoe_hf.rundir import CACHE, RunFolder
+from slimmoe_hf.rundir import CACHE, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
 
 
@@ -305,6 +305,19 @@ def test_a_foreign_folder_is_left_alone_even_with_overwrite(home: Path, tmp_path
         with pytest.raises(ValueError, match="holds files that are no run of slimmoe; they are left alone"):
             run_recipe(home / "recipe.yaml", tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_not_continued_on_another_number_of_threads(home: Path, tmp_path: Path):
+    """Where a GPU computes (0), CPU threads decide nothing."""
+    recipe = load_recipe(home / "recipe.yaml")
+    for threads in (2, 0, 2):
+        with claim(tmp_path / "run", recipe) as run:
+            run.begin(recipe, {}, threads)
+            begun = run._threads
+        with claim(tmp_path / "run", recipe) as run:
+            if begun:
+                with pytest.raises(ValueError, match=r"began on 2 CPU threads .* on 3, .* Set OMP_NUM_THREADS=2"):
+                    run.begin(recipe, {}, 3)
 
 
 def test_a_folder_that_another_process_works_in_is_locked(home: Path, report: Report):
