@@ -25,13 +25,16 @@ from tiny import NUM_EXPERTS, tiny_batch, tiny_model
 from slimmoe_hf import cli, plots
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import CRITERIA, magnitude
+from slimmoe_hf.factorization import compare_stable_ranks, stable_ranks
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.plots import _DRAWN, Plot, draw, png
 from slimmoe_hf.plots import style as plot_style
 from slimmoe_hf.plots.data import read_pictures
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores
+from slimmoe_hf.plots.ranks import RankChange, StableRanks, stable_rank_picture
 from slimmoe_hf.plots.recovery import (
     DriftStage,
     LoadMap,
@@ -44,6 +47,7 @@ from slimmoe_hf.plots.recovery import (
 )
 from slimmoe_hf.report import Report
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.surgery import apply_plan
 
 NAMES = ["kept", "scores", "router_load", "losses", "quality_size"]
 
@@ -353,6 +357,24 @@ def test_a_stage_that_keeps_every_expert_is_drawn_by_a_criterion_of_experts_too(
     assert isinstance(kept, Kept) and kept.stages[0].words == "Stage 1 kept every neuron, and 2 of 2 key/value groups"
 
 
+def test_stable_ranks_of_a_merged_model_are_drawn_and_counted():
+    model = tiny_model("phimoe")
+    before = stable_ranks(model)
+    merged = apply_plan(model, plan_merge(model, collect_stats(model, [tiny_batch()], loss="lm"), 2))
+    rows = compare_stable_ranks(before, stable_ranks(merged))
+    picture = stable_rank_picture("tiny", rows)
+    shown = [row for rows in picture.matrices.values() for row in rows]
+    assert list(picture.matrices) == ["gate_up_proj", "down_proj"] and len(shown) == len(rows)
+    assert [row.after for row in shown] == [
+        row.after for matrix in picture.matrices for row in rows if row.name.endswith(matrix)
+    ]
+    assert {(row.experts_before, row.experts_after) for row in shown} == {(NUM_EXPERTS, 2)}
+    fell = sum(row.change < -0.005 for row in rows)
+    assert f"fell in {fell}" in picture.title and png(picture).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no stable ranks"):
+        stable_rank_picture("tiny", [])
+
+
 def test_groups_alone_leave_no_score_histogram(blank: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made_up_run(tmp_path / "run", "mixtral", Target(kv_groups=1))
     assert [plot.name for plot in draw([folder], tmp_path / "plots")] == [name for name in NAMES if name != "scores"]
@@ -552,6 +574,17 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
                 runs=[SizeRun(run=name, points=points) for name in names[:number]],
             )
             for number in sizes
+        ),
+        StableRanks(
+            model=names[0],
+            matrices={
+                matrix: [
+                    RankChange(layer=f"encoder {row}", experts_before=experts, experts_after=experts // 2, before=97.3,
+                               after=after, change=after / 97.3 - 1)
+                    for row, after in zip(rows, values.uniform(50, 120, len(rows)), strict=True)
+                ]
+                for matrix in ("gate_up_proj", "down_proj")
+            },
         ),
     ]  # fmt: skip
 

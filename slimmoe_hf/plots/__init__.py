@@ -14,6 +14,7 @@ from slimmoe_hf.plots.data import read_pictures
 from slimmoe_hf.plots.lines import draw_losses, draw_quality_size, draw_scores
 from slimmoe_hf.plots.maps import draw_kept, draw_router_loads
 from slimmoe_hf.plots.models import Picture
+from slimmoe_hf.plots.ranks import draw_stable_ranks
 from slimmoe_hf.plots.style import Sheet, drawing_style
 
 _DRAWN: Mapping[str, Callable[[Any], Sheet]] = {
@@ -22,6 +23,7 @@ _DRAWN: Mapping[str, Callable[[Any], Sheet]] = {
     "router_load": draw_router_loads,
     "losses": draw_losses,
     "quality_size": draw_quality_size,
+    "stable_rank": draw_stable_ranks,
 }
 
 
