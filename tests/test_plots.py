@@ -339,6 +339,7 @@ def test_dropped_experts_are_empty_cells_and_in_the_words(tmp_path: Path):
     counted = scores.stages[0]
     assert sum(counted.kept) + counted.kept_below == 2 * 3 * 8
     assert sum(counted.dropped) + counted.dropped_below == 2 * 3 * 24
+    assert stage.scored_by == "neurons by energy, experts by frequency"
     assert png(kept) and png(scores)
 
 
@@ -349,6 +350,7 @@ def test_experts_alone_are_drawn_by_the_criterion_that_chose_them(tmp_path: Path
         "Stage 1 kept 2 of 4 experts per layer with all their"
     )
     assert kept.title == "Cut: layers to 2 of 4 experts" and png(kept)
+    assert kept.stages[0].scored_by == "experts by reap"
 
 
 def test_a_stage_that_keeps_every_expert_is_drawn_by_a_criterion_of_experts_too(tmp_path: Path):

@@ -112,7 +112,7 @@ def kept_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> KeptSt
         kept_LE = scores_LEF.gather(-1, _kept(stats, plan)).sum(-1) / scores_LEF.sum(-1).clamp(min=1e-300)
         share_LE.scatter_(-1, torch.stack(stay_LE), kept_LE)
     return KeptStage(
-        stage=number, criterion=meta.criterion, calibration_loss=meta.loss,
+        stage=number, criterion=meta.criterion, expert_criterion=meta.expert_criterion, calibration_loss=meta.loss,
         width_before=meta.before.expert_width, width_after=meta.after.expert_width,
         groups_before=meta.before.kv_groups, groups_after=meta.after.kv_groups,
         experts_before=meta.before.num_experts, experts_after=meta.after.num_experts,

@@ -53,7 +53,7 @@ def draw_kept(picture: Kept) -> Sheet:
     crosses = "; \u00d7: no calibration token reached it" if any(stage.unreached for stage in stages) else ""
     source = (
         f"{picture.run}: {picture.family}, {picture.num_layers} layers, {len(stages[0].kept_share[0])} experts each; "
-        f"a score says how much a neuron matters (criterion {stages[0].criterion}){dense}{crosses}"
+        f"a score says how much a neuron or an expert matters ({_criteria(stages)}){dense}{crosses}"
     )
     sheet = Sheet(sum(row_heights) + 0.62, picture.title, source)
     group_width = 1.0 if groups else 0.0
@@ -106,6 +106,14 @@ def _draw_groups(axes: Axes, stage: KeptStage, num_layers: int) -> None:
         axes.axvline(line - 0.5, color=PAPER, linewidth=1.5)
     for line in range(1, num_layers if num_layers <= 16 else 1):
         axes.axhline(line - 0.5, color=PAPER, linewidth=1.5)
+
+
+def _criteria(stages: Sequence[KeptStage]) -> str:
+    """What scored; stage by stage where they differ."""
+    by = [stage.scored_by for stage in stages]
+    if len(set(by)) == 1:
+        return by[0]
+    return "; ".join(f"stage {stage.stage}: {scored}" for stage, scored in zip(stages, by, strict=True))
 
 
 def _panel_height(layers: int, maps: int = 1) -> float:

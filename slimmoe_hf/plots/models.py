@@ -48,7 +48,8 @@ class KeptStage(Data):
     """What one stage's plan kept.
 
     Attributes:
-        stage: Counted from 1. criterion, calibration_loss: What scored.
+        stage: Counted from 1. criterion, calibration_loss: What scored. expert_criterion: What chose the experts, where
+            any was dropped.
         width_before, width_after: Neurons per expert. groups_before, groups_after: Key/value groups per layer.
         experts_before, experts_after: Experts per layer. dropped: `(layer, expert)` of those that went.
         layers: Absolute indices of the L layers with experts.
@@ -61,6 +62,7 @@ class KeptStage(Data):
 
     stage: int
     criterion: str
+    expert_criterion: str | None = None
     calibration_loss: str
     width_before: int
     width_after: int
@@ -83,6 +85,15 @@ class KeptStage(Data):
             [math.nan if (layer, expert) in unreached else share for expert, share in enumerate(row)]
             for layer, row in zip(self.layers, self.kept_share, strict=True)
         ]
+
+    @property
+    def scored_by(self) -> str:
+        """What scored what was cut, as in `neurons by energy, experts by reap`."""
+        neurons = f"neurons by {self.criterion}"
+        if not self.dropped:
+            return neurons
+        experts = f"experts by {self.expert_criterion or self.criterion}"
+        return experts if self.width_after == self.width_before else f"{neurons}, {experts}"
 
     @property
     def words(self) -> str:
