@@ -5,7 +5,7 @@ Shape letters: E experts, E' the merged experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +53,17 @@ class Blend:
         """E'."""
         return int(self.owner.max()) + 1
 
-    def of(self, weights: Tensor, order: Tensor, axis: int) -> Tensor:
-        """One fused weight of all merged experts, `[E', ...]`, in its own dtype.
+    def each(self, weights: Sequence[Tensor], order: Tensor, axis: int) -> Iterator[Tensor]:
+        """One weight of every merged expert, E' of them in order, in its own dtype.
 
         Args:
-            weights: Of the experts, `[E, ...]`. order: `[E, ...]`, places along the neuron axis.
+            weights: Of the experts, E of them or `[E, ...]`. order: `[E, ...]`, places along the neuron axis.
             axis: The neuron axis of one expert.
         """
-        new = torch.empty(self.number, *weights.shape[1:], dtype=weights.dtype, device=weights.device)
         for number in range(self.number):
-            new[number] = blended(((weights[e], float(self.weight[e]), order[e]) for e in self.members(number)), axis)
-        return new
+            members = self.members(number)
+            parts = ((weights[e].detach(), float(self.weight[e]), order[e]) for e in members)
+            yield blended(parts, axis).to(weights[members[0]].dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from slimmoe_hf.disk import check_tied, locate, read_part
-from slimmoe_hf.families import FAMILIES, family_of, layer_views
+from slimmoe_hf.families import FAMILIES, family_of, layer_views, refuse_encoder_decoder
 from slimmoe_hf.identity import combined, sample, sampled, tensor_sha256
 from slimmoe_hf.loading import load_config, weight_files
 from slimmoe_hf.shards import DTYPES, Buffer, all_finite, read_header
@@ -48,6 +48,7 @@ class _Reader:
         Raises:
             ValueError: As `disk.locate` and `disk.check_tied`.
         """
+        refuse_encoder_decoder(config, "going through a model layer by layer (--stream)")
         self.path, self._family, self._buffer = path, family_of(config), Buffer()
         stored = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
         self.parts = locate(config, stored, str(path))
@@ -65,6 +66,7 @@ class _Reader:
             return {f"{prefix}.{layer}.{disk.down.format(expert)}": (expert,) for expert in range(shape[0])}
         if inner == f"{self._family.experts}.{layout.gate_up}":
             half = shape[1] // 2
+            assert disk.gate is not None
             places = {disk.gate: slice(0, half), disk.up: slice(half, None)}
             return {
                 f"{prefix}.{layer}.{kind.format(expert)}": (expert, place)

@@ -55,12 +55,17 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, no weight gradients, gradients through the embeddings' output; all put back afterwards."""
     training = model.training
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    hook = model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
+    hooks = [
+        side.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+        for side in sides
+    ]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         model.train(training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
@@ -94,7 +99,8 @@ def collect_stats(
     Args:
         model: The model to be slimmed, of a known family.
         dataloader: Batches as the model takes them: `input_ids`, and where needed `attention_mask`, `labels` (-100
-            is not predicted), `position_ids` (a 0 starts a new document).
+            is not predicted), `position_ids` (a 0 starts a new document). An encoder-decoder needs `labels`; its decoder's
+            positions with a label of -100 count as padding.
         loss: What is differentiated: `kd_topk` (the paper's), `lm` (cross-entropy), or a function of
             `(logits_NV, teacher_logits_NV, labels_N)` giving one value per token.
         teacher: The model to be faithful to. Default: the model itself, which is the paper's first stage.
@@ -110,14 +116,14 @@ def collect_stats(
     token_loss = loss_named(loss)
     family_of(model.config)
     refuse_factored(model)
-    sweep, seen, views = Sweep(), Seen(), layer_views(model)
+    sweep, seen, views = Sweep(family_of(model.config).encoder_decoder), Seen(), layer_views(model)
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     with _frozen(model), tapped(model, views, sweep, expert_outputs) as sums:
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
             _backward(model, teacher, token_loss, batch, number, sweep)
-            seen.add(batch["input_ids"], sweep)
+            seen.add(batch, sweep)
     tensors = stack_layers([each.tensors() for each in sums])
     data_sha256 = _reduce(tensors, seen)
     seen.require_tokens()
@@ -152,7 +158,7 @@ class Seen:
     """What text a sweep has seen.
 
     Attributes:
-        tokens: Padding excluded. sequences: How many they came in.
+        tokens: Padding excluded, of an encoder-decoder those of both sides. sequences: How many they came in.
     """
 
     def __init__(self) -> None:
@@ -160,12 +166,15 @@ class Seen:
         self.tokens = self.sequences = 0
         self._digest = hashlib.sha256()
 
-    def add(self, ids: Tensor, sweep: Sweep) -> None:
+    def add(self, batch: Batch, sweep: Sweep) -> None:
         """Count a batch that `sweep` was started with."""
-        self.tokens += int(sweep.valid_N.sum())
-        self.sequences += sweep.sequences
-        for row, valid in zip(ids.cpu(), sweep.valid_N.view_as(ids).cpu(), strict=True):
-            self._digest.update(row[valid].long().numpy().tobytes() + b"|")
+        self.sequences += sweep.stacks[0].sequences
+        read = [batch[name] for name in ("input_ids", "labels")[: len(sweep.stacks)]]
+        valid = [stack.valid_N.view_as(ids) for ids, stack in zip(read, sweep.stacks, strict=True)]
+        self.tokens += sum(int(each.sum()) for each in valid)
+        for number in range(len(read[0])):
+            for ids, each in zip(read, valid, strict=True):
+                self._digest.update(ids[number][each[number]].cpu().long().numpy().tobytes() + b"|")
 
     @property
     def sha256(self) -> str:
@@ -182,7 +191,13 @@ def _backward(
     model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int, sweep: Sweep
 ) -> None:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    labels_N = next_tokens(batch).flatten()
+    if model.config.is_encoder_decoder:  # position t is given the labels before t, and predicts labels[t]
+        labels_N = batch["labels"].flatten()
+        if "decoder_input_ids" not in inputs:
+            whole: Any = model
+            inputs["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    else:
+        labels_N = next_tokens(batch).flatten()
     predicted = labels_N != -100
     with torch.enable_grad():
         logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1)[predicted]
@@ -237,20 +252,17 @@ def _reduce(tensors: dict[str, Tensor], seen: Seen) -> str:
 @torch.no_grad()
 def layer_norms(config: PreTrainedConfig, view: LayerView) -> dict[str, Tensor]:
     """Euclidean norms of the weights of a layer's neurons and groups, by their names in `ExpertStats`."""
-    shape, layout, found = shape_of(config), family_of(config).layout, {}
+    shape, family, found = shape_of(config), family_of(config), {}
+    layout = family.layout
     if view.experts is not None:
-        weights: dict[str, Tensor] = dict(view.experts.named_parameters())
-        up, down = weights[layout.gate_up], weights[layout.down]
-        index = torch.arange(shape.expert_width, device=up.device).unsqueeze(-1)
+        up, down = layout.weights(view.experts).values()
+        index = torch.arange(shape.expert_width, device=up[0].device).unsqueeze(-1)
         rows = layout.input_index(index, shape.expert_width)
         squares = torch.stack([e.float().square().sum(1 - layout.input_axis)[rows].sum(-1) for e in up])
         norms = torch.stack([e.float().square().sum(1 - layout.down_axis) for e in down])
         found = {"input_norm_LEF": squares.sqrt().double(), "down_norm_LEF": norms.sqrt().double()}
-    attention: Any = view.attention
-    out = attention.o_proj.weight.float().square().sum(0).view(shape.query_heads, -1).sum(-1)
-    parts = [
-        projection.weight.float().square().sum(1).view(shape.kv_groups, -1).sum(-1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    ]
+    *into, last = (view.attention.get_parameter(f"{name}.weight").float() for name in family.projections)
+    out = last.square().sum(0).view(shape.query_heads, -1).sum(-1)
+    parts = [weight.square().sum(1).view(shape.kv_groups, -1).sum(-1) for weight in into]
     group = (sum(parts) + out.view(shape.kv_groups, -1).sum(-1)).sqrt()
     return {**found, "head_out_norm_AH": out.sqrt().double(), "group_norm_AG": group.double()}

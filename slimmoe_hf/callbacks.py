@@ -11,7 +11,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -25,6 +24,7 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize
+from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_factored
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
@@ -193,7 +193,7 @@ class SlimmingCallback(TrainerCallback):
         validate_target(model.config, self.target)
         teacher = self.teacher_model
         if isinstance(teacher, (str, Path)):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(teacher, dtype=model.dtype)
+            loaded: Any = auto_class(model.config).from_pretrained(teacher, dtype=model.dtype)
             teacher = loaded.to(model.device).eval()
         share = batches(rows, self.batch_size, model.config.pad_token_id or 0)[_rank() :: _world()]
         stats = collect_stats(model, share, self.loss, teacher, progress=_rank() == 0)

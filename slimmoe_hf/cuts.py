@@ -95,7 +95,7 @@ def list_cuts(
         ValueError: The plan cuts experts in a layer that has none, or drops some in one layer and none in another.
     """
     wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(dict(values))))
-    selections, renumbered = _selections(config, plan), _renumbered(config, plan)
+    selections, renumbered = _selections(config, parts, plan), _renumbered(config, plan)
     if stray := selections.keys() - parts.keys():
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -126,24 +126,29 @@ def list_cuts(
     return cuts + [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
 
 
-def _selections(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, tuple[int, Tensor]]:
+def _selections(
+    config: PreTrainedConfig, parts: Mapping[str, Part], plan: CompressionPlan
+) -> dict[str, tuple[int, Tensor]]:
     """Published name -> axis and indices, of every weight that loses something."""
     family, found = family_of(config), {}
+    paths, disk = family.paths(config), family.disk
     for layer, kept_E in plan.experts.items():
-        found[f"{family.layers}.{layer}.{family.disk.router}"] = (0, kept_E)
+        found[f"{paths[layer].feed_forward}.{disk.router}"] = (0, kept_E)
+        if disk.router_bias is not None and f"{paths[layer].feed_forward}.{disk.router_bias}" in parts:
+            found[f"{paths[layer].feed_forward}.{disk.router_bias}"] = (0, kept_E)
     for layer, kept_EF in plan.neurons.items():
         for expert, kept_F in zip(_experts(plan, layer), kept_EF, strict=True):
-            for name, axis in ((family.disk.gate, 0), (family.disk.up, 0), (family.disk.down, 1)):
-                found[f"{family.layers}.{layer}.{name.format(expert)}"] = (axis, kept_F)
+            for name, axis in disk.projections:
+                found[f"{paths[layer].feed_forward}.{name.format(expert)}"] = (axis, kept_F)
     biased = config.to_dict().get("attention_bias", False)
     for layer in plan.groups:
         queries, keys = plan.attention_rows(layer)
-        prefix = f"{family.layers}.{layer}.{family.attention}"
-        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        prefix = paths[layer].attention
+        for name, rows in zip(family.projections, (queries, keys, keys), strict=False):
             found[f"{prefix}.{name}.weight"] = (0, rows)
             if biased:
                 found[f"{prefix}.{name}.bias"] = (0, rows)
-        found[f"{prefix}.o_proj.weight"] = (1, queries)
+        found[f"{prefix}.{family.projections[-1]}.weight"] = (1, queries)
     return found
 
 
@@ -155,11 +160,12 @@ def _experts(plan: CompressionPlan, layer: int) -> list[int]:
 def _renumbered(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, str | None]:
     """Published name -> its new one, None where it goes, of all weights of experts in layers that lose some."""
     family, found = family_of(config), {}
+    paths = family.paths(config)
     for layer in plan.experts:
         new = {old: number for number, old in enumerate(_experts(plan, layer))}
-        for name in (family.disk.gate, family.disk.up, family.disk.down):
+        for name, _ in family.disk.projections:
             for old in range(plan.meta.before.num_experts):
-                place = f"{family.layers}.{layer}.{name}"
+                place = f"{paths[layer].feed_forward}.{name}"
                 found[place.format(old)] = place.format(new[old]) if old in new else None
     return found
 
@@ -169,10 +175,11 @@ def _merged(
 ) -> dict[str, tuple[int, None, tuple[tuple[Part, float, Tensor], ...]]]:
     """Published name of a weight of an expert that others are merged into -> neuron axis, and what it is the sum of."""
     family, found = family_of(config), {}
+    paths = family.paths(config)
     for layer, blend in plan.blends.items():
         for number, expert in enumerate(_experts(plan, layer)):
-            for name, axis in ((family.disk.gate, 0), (family.disk.up, 0), (family.disk.down, 1)):
-                place = f"{family.layers}.{layer}.{name}"
+            for name, axis in family.disk.projections:
+                place = f"{paths[layer].feed_forward}.{name}"
                 members = blend.members(number)
                 shares = tuple((parts[place.format(e)], float(blend.weight[e]), blend.order[e]) for e in members)
                 found[place.format(expert)] = (axis, None, shares)

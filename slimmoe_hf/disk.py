@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import family_of, layer_views
 from slimmoe_hf.shards import DTYPES, Buffer, Stored, read_tensor
@@ -42,11 +43,17 @@ class Part:
     block: tuple[int, int] | None = None
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes the whole model of a config: with an encoder where it has one."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config with no weights, on the meta device."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = auto_class(config).from_config(config)
+            return model
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"config.json: no {config.model_type} model can be built from it ({type(error).__name__}: {error})."
@@ -62,13 +69,16 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     family, model = family_of(config), meta_model(config)
     tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = {name: shape for name, shape in tensors.items() if name not in model.all_tied_weights_keys}
+    if family.layout.unit is not None:  # the names in memory are the published ones
+        return tensors
     for view in layer_views(model):
         if view.experts is None:
             continue
-        prefix = f"{family.layers}.{view.index}"
+        prefix, gate = view.paths.feed_forward, family.disk.gate
+        assert gate is not None, "such a family needs its own names here"
         experts, width, hidden = _fused(tensors, prefix, family.experts, family.layout.gate_up, family.layout.down)
         for expert in range(experts):
-            tensors[f"{prefix}.{family.disk.gate.format(expert)}"] = (width, hidden)
+            tensors[f"{prefix}.{gate.format(expert)}"] = (width, hidden)
             tensors[f"{prefix}.{family.disk.up.format(expert)}"] = (width, hidden)
             tensors[f"{prefix}.{family.disk.down.format(expert)}"] = (hidden, width)
         router = tensors.pop(f"{prefix}.{family.router}.weight")
@@ -153,10 +163,14 @@ def _fused_parts(
 ) -> dict[str, tuple[Stored, int, tuple[int, ...]]]:
     """Published name -> tensor, first element and shape, of weights that lie fused or under their name in memory."""
     family, found = family_of(config), {}
-    layout = family.layout
-    assert layout.gated and not layout.transposed and not layout.interleaved, "such a family needs its own regions here"
-    for layer in range(config.num_hidden_layers):
-        prefix = f"{family.layers}.{layer}"
+    layout, gate = family.layout, family.disk.gate
+    if layout.unit is not None:
+        return {}
+    assert gate is not None and layout.gated and not layout.transposed and not layout.interleaved, (
+        "such a family needs its own regions here"
+    )
+    for paths in family.paths(config):
+        prefix = paths.feed_forward
         router = stored.get(f"{prefix}.{family.router}.weight")
         if router is not None:
             found[f"{prefix}.{family.disk.router}"] = (router, 0, router.shape)
@@ -166,7 +180,7 @@ def _fused_parts(
             experts, rows, hidden = gate_up.shape
             half = rows // 2 * hidden
             for expert in range(experts):
-                for number, name in enumerate((family.disk.gate, family.disk.up)):
+                for number, name in enumerate((gate, family.disk.up)):
                     region = (gate_up, (2 * expert + number) * half, (rows // 2, hidden))
                     found[f"{prefix}.{name.format(expert)}"] = region
         if down is not None and len(down.shape) == 3:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from slimmoe_hf.admission import silence_input_jitter
 from slimmoe_hf.cached_teacher import COLUMNS, CachedTeacher
-from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.families import DECODERS
 from slimmoe_hf.losses import DistillationLoss
 from slimmoe_hf.publishing import PublishingTrainer
 from slimmoe_hf.resumption import ResumableTrainer
@@ -76,7 +76,7 @@ class DistillingTrainer(PublishingTrainer, ResumableTrainer, TokenEvaluation):
         routing = {key: value for key, value in self._own_config.items() if key != "use_cache"}
         vars(self._student().config).update(routing)
         whole = self._whole_student()
-        if whole.config.model_type in FAMILIES:
+        if whole.config.model_type in DECODERS:
             self._router_load = LoadMonitor(whole)
         self._needs_logits = cannot_be_fused(whole)
         if self._needs_logits:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimmoe_hf.data import document_text, take_tokens, tokenize, tokenize_document
-from slimmoe_hf.families import FAMILIES, moe_layers, shape_of
+from slimmoe_hf.families import DECODERS, moe_layers, shape_of
 from slimmoe_hf.loading import load_model, weight_bytes, weights_sha256
 from slimmoe_hf.routing import RouterLoad, load_shares
 from slimmoe_hf.throughput import measure_speed, synchronise
@@ -167,7 +167,7 @@ def measure_loss(
         ValueError: The loss is not finite.
     """
     nats, agreed, speeds = 0.0, 0, []
-    load = RouterLoad(model) if model.config.model_type in FAMILIES else None
+    load = RouterLoad(model) if model.config.model_type in DECODERS else None
     batches = rows_NT.split(batch_size)
     shown = progress and get_console().is_terminal
     for batch_NT in track(batches, "Evaluating", disable=not shown, transient=True):

@@ -22,11 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import FAMILIES, family_of, moe_layers
+from slimmoe_hf.families import FAMILIES, ExpertLayout, family_of, moe_layers
 
-SWITCH = "switch_transformers"
-SWITCH_EXPERTS = ".mlp.experts"
-SWITCH_MATRICES = ("wi", "wo")
 PACKED = ("rows", "index")
 """What a saved S consists of: its rows that are not zero, and where they belong."""
 
@@ -218,9 +215,7 @@ def expert_modules(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: The model is of no family whose experts are known here.
     """
-    if model.config.model_type == SWITCH:
-        return {name: module for name, module in model.named_modules() if name.endswith(SWITCH_EXPERTS)}
-    _fused_layout(model.config)
+    _layout(model.config)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(experts)]: experts for _, experts, _ in moe_layers(model)}
 
@@ -228,8 +223,9 @@ def expert_modules(model: PreTrainedModel) -> dict[str, Any]:
 def factorable(model: PreTrainedModel) -> dict[str, Any]:
     """As `expert_modules`, without the first sparse encoder layer of Switch, which the paper leaves alone."""
     found = expert_modules(model)
-    if model.config.model_type == SWITCH:
-        first = next((name for name in found if "encoder." in name), None)
+    family = family_of(model.config)
+    if family.encoder_decoder:
+        first = next((name for name in found if name.startswith(f"{family.stacks[0].layers}.")), None)
         found = {name: module for name, module in found.items() if name != first}
     return found
 
@@ -243,23 +239,26 @@ def expert_matrices(model: PreTrainedModel, modules: Mapping[str, Any] | None = 
     """
     found: dict[str, Any] = {}
     for name, experts in (expert_modules(model) if modules is None else modules).items():
-        if model.config.model_type == SWITCH:
-            for expert, module in experts.named_children():  # an expert that others point to is a child once
-                for matrix in SWITCH_MATRICES:
-                    linear = getattr(module, matrix)
-                    found[f"{name}.{expert}.{matrix}"] = linear.weight if isinstance(linear, nn.Linear) else linear
-        else:
-            layout = _fused_layout(model.config)
-            found |= {f"{name}.{matrix}": getattr(experts, matrix) for matrix in (layout.gate_up, layout.down)}
+        layout = _layout(model.config)
+        matrices = (layout.gate_up, layout.down)
+        if layout.unit is None:
+            found |= {f"{name}.{matrix}": getattr(experts, matrix) for matrix in matrices}
+            continue
+        for expert, module in experts.named_children():  # an expert that others point to is a child once
+            for matrix in matrices:
+                linear = getattr(module, matrix)
+                found[f"{name}.{expert}.{matrix}"] = linear.weight if isinstance(linear, nn.Linear) else linear
     return found
 
 
-def _fused_layout(config: PreTrainedConfig) -> Any:
+def _layout(config: PreTrainedConfig) -> ExpertLayout:
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={config.model_type!r}: its experts cannot be factored. Known: {', '.join([*FAMILIES, SWITCH])}."
+            f"model_type={config.model_type!r}: its experts cannot be factored. Known: {', '.join(FAMILIES)}."
         )
     layout = family_of(config).layout
+    if layout.unit is not None:
+        return layout
     assert layout.gated and not layout.transposed and not layout.interleaved, "such a family needs its own forward here"
     assert (layout.gate_up, layout.down) == ("gate_up_proj", "down_proj")
     return layout
@@ -275,7 +274,7 @@ def install(model: PreTrainedModel, weights: Mapping[str, Weight]) -> None:
     for path, weight in weights.items():
         parent, _, name = path.rpartition(".")
         module: Any = model.get_submodule(parent)
-        if model.config.model_type == SWITCH:
+        if _layout(model.config).unit is not None:
             setattr(module, name, weight)
         elif name == "gate_up_proj":
             factored = FactoredExperts(type(module), module.act_fn, weight, weights[f"{parent}.down_proj"])

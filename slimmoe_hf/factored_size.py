@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from slimmoe_hf.disk import meta_model
-from slimmoe_hf.factored import SWITCH, expert_matrices, expert_modules, factorable
+from slimmoe_hf.factored import expert_matrices, expert_modules, factorable
 from slimmoe_hf.factorization import RANK
+from slimmoe_hf.families import SWITCH
 
 
 class FactoredCount(BaseModel):
@@ -47,7 +47,7 @@ def count_factored(
     Raises:
         ValueError: Another family, or no whole number of experts between one per layer and all.
     """
-    model = _meta(config)
+    model = meta_model(config)
     original = sum(parameter.numel() for parameter in model.parameters())
     layers = factorable(model)
     shapes = [tuple(matrix.shape) for matrix in expert_matrices(model, dict(list(layers.items())[:1])).values()]
@@ -84,7 +84,7 @@ def switch_flops(
     """
     if config.model_type != SWITCH:
         raise ValueError(f"model_type={config.model_type!r}: only {SWITCH} is counted so.")
-    model = _meta(config)
+    model = meta_model(config)
     places = list(expert_modules(model))
     factored = list(factorable(model)) if rank is not None else []
     hidden, inner = config.d_model, config.num_heads * config.d_kv
@@ -104,11 +104,3 @@ def switch_flops(
     head = target * hidden * config.vocab_size
     encoder = blocks("encoder", config.num_layers, source)
     return round(2 * (encoder + blocks("decoder", config.num_decoder_layers, target) + cross + head))
-
-
-def _meta(config: PreTrainedConfig) -> PreTrainedModel:
-    if config.model_type != SWITCH:
-        return meta_model(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)
-    return model

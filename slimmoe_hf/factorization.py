@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slimmoe_hf.factored import (
-    SWITCH,
     FactoredWeight,
     PackedWeight,
     expert_matrices,
@@ -27,6 +26,7 @@ from slimmoe_hf.factored import (
     uninstall,
 )
 from slimmoe_hf.factored_checkpoint import FactoredModel, factored_class
+from slimmoe_hf.families import family_of
 
 M = TypeVar("M", bound=PreTrainedModel)
 RANK = 32
@@ -132,7 +132,7 @@ def stable_ranks(model: PreTrainedModel) -> dict[str, Tensor]:
     matrices, seen = expert_matrices(model), set[int]()
     for path, matrix in matrices.items():
         parts = path.split(".")
-        if model.config.model_type == SWITCH:
+        if family_of(model.config).layout.unit is not None:
             del parts[-2]  # the expert's own name
         if id(matrix) in seen:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.disk import Part, read_part
-from slimmoe_hf.families import family_of, layer_views, shape_of
+from slimmoe_hf.families import ExpertLayout, family_of, layer_views, shape_of
 from slimmoe_hf.sharding import whole
 
 
@@ -43,20 +43,26 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     family, width = family_of(model.config), shape_of(model.config).expert_width
     samples = {}
     for view in layer_views(model):
-        prefix, attention = f"{family.layers}.{view.index}", view.attention
-        query: Any = attention.q_proj
-        samples[f"{prefix}.{family.attention}.q_proj.weight"] = whole(query.weight)[:1]
+        prefix, query = view.paths.feed_forward, family.projections[0]
+        samples[f"{view.paths.attention}.{query}.weight"] = whole(view.attention.get_parameter(f"{query}.weight"))[:1]
         if view.experts is None or view.router is None:
             continue
-        weights: dict[str, Tensor] = dict(view.experts.named_parameters())
-        up, down = whole(weights[family.layout.gate_up]), whole(weights[family.layout.down])
-        router: Any = view.router
-        samples[f"{prefix}.{family.disk.router}"] = whole(router.weight)
-        for expert in range(up.shape[0]):
-            samples[f"{prefix}.{family.disk.gate.format(expert)}"] = up[expert, :1]
-            samples[f"{prefix}.{family.disk.up.format(expert)}"] = up[expert, width : width + 1]
-            samples[f"{prefix}.{family.disk.down.format(expert)}"] = down[expert, :1]
+        samples[f"{prefix}.{family.disk.router}"] = whole(view.router.get_parameter("weight"))
+        for expert, (up, down) in enumerate(_pairs(family.layout, view.experts)):
+            rows = up if family.disk.gate is None else up[width:]
+            if family.disk.gate is not None:
+                samples[f"{prefix}.{family.disk.gate.format(expert)}"] = up[:1]
+            samples[f"{prefix}.{family.disk.up.format(expert)}"] = rows[:1]
+            samples[f"{prefix}.{family.disk.down.format(expert)}"] = down[:1]
     return combined({name: sample_digest(sample) for name, sample in samples.items()})
+
+
+def _pairs(layout: ExpertLayout, experts: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Input and output projection of every expert, gathered where they are in parts."""
+    up, down = layout.weights(experts).values()
+    if isinstance(up, Tensor) and isinstance(down, Tensor):
+        up, down = whole(up), whole(down)
+    return ((whole(into), whole(out)) for into, out in zip(up, down, strict=True))
 
 
 def row_fingerprint(model: nn.Module) -> str:
@@ -73,10 +79,10 @@ def sampled(config: PreTrainedConfig) -> frozenset[str]:
     family = family_of(config)
     experts = range(shape_of(config).num_experts)
     names = []
-    for layer in range(config.num_hidden_layers):
-        prefix = f"{family.layers}.{layer}"
-        names += [f"{prefix}.{family.attention}.q_proj.weight", f"{prefix}.{family.disk.router}"]
-        for kind in (family.disk.gate, family.disk.up, family.disk.down):
+    for paths in family.paths(config):
+        prefix = paths.feed_forward
+        names += [f"{paths.attention}.{family.projections[0]}.weight", f"{prefix}.{family.disk.router}"]
+        for kind, _ in family.disk.projections:
             names += [f"{prefix}.{kind.format(expert)}" for expert in experts]
     return frozenset(names)
 

@@ -13,11 +13,11 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError  # type: ignore[attr-defined]
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from slimmoe_hf.disk import locate
+from slimmoe_hf.disk import auto_class, locate
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 
@@ -140,7 +140,7 @@ def load_model(
     logging.set_verbosity_error()
     spread = {} if whole else _spread(path, dtype, torch.device(device), room)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(load_config(path)).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread
         )
     except (RuntimeError, OSError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from peft import LoraConfig
 from transformers import PreTrainedConfig
 
-from slimmoe_hf.families import family_of
+from slimmoe_hf.families import family_of, refuse_encoder_decoder
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -44,6 +44,7 @@ def lora_config(
         trainer = SFTTrainer(model, peft_config=lora_config(AutoConfig.from_pretrained(model)), train_dataset=chats)
         ```
     """
+    refuse_encoder_decoder(config, "lora_config")
     family = family_of(config)
     if rank < 1:
         raise ValueError(f"rank={rank}: give 1 or more; 16 is usual.")

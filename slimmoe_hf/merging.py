@@ -31,9 +31,8 @@ Reference = Literal["dominant", "first"]
 
 
 def neuron_weights(experts: nn.Module, expert: int, layout: ExpertLayout) -> Tensor:
-    """All weights of each neuron of one expert, `[F, P]`, float32: gate and up rows and the `W_down` column."""
-    weights = dict(experts.named_parameters())
-    into, out = weights[layout.gate_up][expert].detach().float(), weights[layout.down][expert].detach().float()
+    """All weights of each neuron of one expert, `[F, P]`, float32: gate (if any) and up rows, and the `W_down` column."""
+    into, out = (weight[expert].detach().float() for weight in layout.weights(experts).values())
     into, out = (into.T, out) if layout.transposed else (into, out.T)
     rows = layout.input_index(torch.arange(len(out), device=into.device).unsqueeze(-1), len(out))
     return torch.cat([into[rows].flatten(1), out], dim=-1)
@@ -231,7 +230,9 @@ def duplicate_merged(model: PreTrainedModel, plan: CompressionPlan) -> PreTraine
     plan.check()
     layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
     for layer, module, _router in moe_layers(model):
-        blend, weights = plan.blends[layer], dict(module.named_parameters())
+        blend, weights = plan.blends[layer], layout.weights(module)
         for name, axis, order_EF in layout.sides(blend.order, width):
-            weights[name].copy_(blend.of(weights[name].data, order_EF, axis)[blend.owner.to(weights[name].device)])
+            merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
+            for weight, owner in zip(weights[name], blend.owner.tolist(), strict=True):
+                weight.copy_(merged[owner])
     return model

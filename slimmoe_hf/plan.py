@@ -75,6 +75,8 @@ def validate_target(config: PreTrainedConfig, target: Target) -> Shape:
     width, groups, experts = target.expert_width, target.kv_groups, target.num_experts
     if width is None and groups is None and experts is None:
         raise ValueError("the target asks for nothing. Set expert_width, kv_groups, num_experts, or several.")
+    if width is not None and width != before.expert_width and family.no_width:
+        raise ValueError(f"expert_width={width} cannot be had for {config.model_type}: {family.no_width}.")
     if width is not None:
         _check_width(width, before.expert_width)
     if groups is not None and groups != before.kv_groups and family.no_groups:
@@ -218,6 +220,8 @@ class CompressionPlan:
             raise ValueError(f"the plan is for {self.meta.family}, the model is {config.model_type}.")
         if self.groups and family_of(config).no_groups:
             raise ValueError(f"the plan drops key/value groups: {family_of(config).no_groups}.")
+        if self.neurons and family_of(config).no_width:
+            raise ValueError(f"the plan narrows experts: {family_of(config).no_width}.")
         have, want = shape_of(config), self.meta.before
         if have != want:
             differences = [

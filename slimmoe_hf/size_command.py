@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.command_inputs import target_of
-from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.families import DECODERS
 from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
 from slimmoe_hf.plan import Target
 from slimmoe_hf.sizing import (
@@ -86,7 +86,7 @@ def describe(config: PreTrainedConfig, args: argparse.Namespace, gpus: list[Gpu]
     after = slimmed_config(config, target) if target is not None else None
     if after is not None:
         answer["slimmed"] = {"target": str(target), **_sizes(after)}
-    uses = memory_of(config, after, args.batch_size, args.length, dtype) if config.model_type in FAMILIES else {}
+    uses = memory_of(config, after, args.batch_size, args.length, dtype) if config.model_type in DECODERS else {}
     answer["memory"] = {use: memory.model_dump() for use, memory in uses.items()}
     answer["assumed"] = {
         "dtype": str(dtype).removeprefix("torch."), "batch_size": args.batch_size, "length": args.length,

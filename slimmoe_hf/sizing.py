@@ -15,10 +15,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from slimmoe_hf.evaluation import count_parameters
-from slimmoe_hf.families import FAMILIES, family_of, set_shape, shape_of
+from slimmoe_hf.families import FAMILIES, family_of, moe_layers, set_shape, shape_of
 from slimmoe_hf.loading import load_config
 from slimmoe_hf.memory import meta_model
 from slimmoe_hf.plan import Target, alignment_note, validate_target
@@ -30,24 +30,6 @@ GIB = 2**30
 RESERVE_BYTES, RESERVE_SHARE = GIB, 0.05
 """What a GPU keeps back: its context, and memory lost between blocks. Assumed, not measured."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A family that is counted but not slimmed: an encoder-decoder.
-
-    Attributes:
-        experts: The last part of the names of its expert modules.
-        experts_key: Config key of the number of experts E.
-        top_k: K, experts per token.
-    """
-
-    experts: str
-    experts_key: str
-    top_k: int
-
-
-COUNTED = {"switch_transformers": Counted("mlp.experts", "num_experts", 1)}
 
 
 class Counts(BaseModel):
@@ -128,14 +110,13 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def check_known(config: PreTrainedConfig) -> None:
-    """Raise ValueError unless the family is one that is counted: those of `FAMILIES` and of `COUNTED`."""
-    if config.model_type in FAMILIES:
-        shape_of(config)
-    elif config.model_type not in COUNTED:
-        known = ", ".join([*FAMILIES, *(f"{name} (counted only)" for name in COUNTED)])
+    """Raise ValueError unless the family is one of `FAMILIES`, and its config sound."""
+    if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={config.model_type!r} is not a Mixture-of-Experts family that can be sized. Known: {known}."
+            f"model_type={config.model_type!r} is not a Mixture-of-Experts family that can be sized. Known: "
+            f"{', '.join(FAMILIES)}."
         )
+    shape_of(config)
 
 
 def parameter_counts(config: PreTrainedConfig) -> Counts:
@@ -145,13 +126,8 @@ def parameter_counts(config: PreTrainedConfig) -> Counts:
         ValueError: As `check_known`.
     """
     check_known(config)
-    if config.model_type in COUNTED:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)
-        total, active = _count_seq2seq(model, COUNTED[config.model_type])
-    else:
-        model = meta_model(config)
-        total, active = count_parameters(model)
+    model = meta_model(config)
+    total, active = count_parameters(model)
     lookup, head = model.get_input_embeddings(), model.get_output_embeddings()
     read = {id(parameter): parameter.numel() for parameter in lookup.parameters()}
     multiplied = {id(parameter): parameter.numel() for parameter in head.parameters()} if head is not None else {}
@@ -161,18 +137,6 @@ def parameter_counts(config: PreTrainedConfig) -> Counts:
         active_without_lookup=active - sum(size for key, size in read.items() if key not in multiplied),
         active_without_embeddings=active - sum((read | multiplied).values()),
     )
-
-
-def _count_seq2seq(model: PreTrainedModel, counted: Counted) -> tuple[int, int]:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(
-        parameter.numel()
-        for name, module in model.named_modules()
-        if name.endswith(f".{counted.experts}")
-        for parameter in module.parameters()
-    )
-    number = model.config.to_dict()[counted.experts_key]
-    return total, total - experts * (number - counted.top_k) // number
 
 
 def own_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -241,6 +205,10 @@ def suggest_stages(config: PreTrainedConfig, size: str, stages: int = 1, kv_grou
     """
     if stages < 1:
         raise ValueError(f"--stages {stages}: give 1 or more.")
+    if family_of(config).no_width:
+        raise ValueError(
+            f"--target suggests widths for {config.model_type}: {family_of(config).no_width}. Leave it out."
+        )
     value, unit = parse_size(size)
     shape, most = shape_of(config), value + unit / 2
     last = config if kv_groups is None else slimmed_config(config, Target(kv_groups=kv_groups))
@@ -279,10 +247,5 @@ def _stage(config: PreTrainedConfig, target: Target, width: int) -> Stage:
 
 def _expert_parameters(config: PreTrainedConfig) -> int:
     """Parameters of all experts; every one of them belongs to a neuron, so they grow with the width alone."""
-    family, model = family_of(config), meta_model(config)
-    return sum(
-        parameter.numel()
-        for name, module in model.named_modules()
-        if name.startswith(f"{family.layers}.") and name.endswith(f".{family.experts}")
-        for parameter in module.parameters()
-    )
+    model = meta_model(config)
+    return sum(parameter.numel() for _, module, _ in moe_layers(model) for parameter in module.parameters())

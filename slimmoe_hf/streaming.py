@@ -111,7 +111,7 @@ def _seen(batches: list[dict[str, Tensor]]) -> Seen:
     seen, sweep = Seen(), Sweep()
     for batch in batches:
         sweep.start(batch)
-        seen.add(batch["input_ids"], sweep)
+        seen.add(batch, sweep)
     seen.require_tokens()
     return seen
 

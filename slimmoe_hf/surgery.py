@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend
 from slimmoe_hf.factored import refuse_factored
-from slimmoe_hf.families import family_of, layer_views, set_shape, shape_of
+from slimmoe_hf.families import ExpertLayout, family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -40,17 +40,15 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     for view in layer_views(model):
         if view.index in plan.experts and view.experts is not None and view.router is not None:
             if view.index in plan.blends:
-                _merge_experts(view.experts, plan.blends[view.index], model)
+                _merge_experts(view.experts, plan.blends[view.index], plan.experts[view.index], model)
             else:
-                _drop_experts(view.experts, plan.experts[view.index])
-            _drop_experts(view.router, plan.experts[view.index])
+                _drop_experts(view.experts, plan.experts[view.index], family_of(model.config).layout)
+            _drop_rows(view.router, plan.experts[view.index])
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
             _drop_groups(view.attention, *plan.attention_rows(view.index))
-    if plan.experts:
-        _count_experts(model, plan.meta.after.num_experts)
-    set_shape(model.config, plan.meta.after)
+    _set_sizes(model, plan)
     return model
 
 
@@ -72,8 +70,19 @@ def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _drop_experts(module: nn.Module, kept_E: Tensor) -> None:
-    """Keep some experts: of the expert module and of the router every parameter and buffer has them along its first axis."""
+def _drop_experts(experts: Any, kept_E: Tensor, layout: ExpertLayout) -> None:
+    """Keep some experts."""
+    if layout.unit is None:
+        _drop_rows(experts, kept_E)
+        return
+    units = layout.units(experts)
+    experts.clear()
+    for number, expert in enumerate(kept_E.tolist()):
+        experts[layout.unit.format(number)] = units[expert]
+
+
+def _drop_rows(module: nn.Module, kept_E: Tensor) -> None:
+    """Keep some experts of fused ones or of a router: every parameter and buffer has them along its first axis."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, _select(parameter, kept_E, 0))
     for name, buffer in list(module.named_buffers(recurse=False)):
@@ -82,19 +91,38 @@ def _drop_experts(module: nn.Module, kept_E: Tensor) -> None:
         module.out_features = len(kept_E)
 
 
-def _count_experts(model: nn.Module, number: int) -> None:
-    """Tell every module that keeps the number of experts, from expert modules to the head that adds the auxiliary loss."""
-    for module in model.modules():
-        if "num_experts" in vars(module):
-            module.num_experts = number  # type: ignore[assignment]
+def _set_sizes(model: PreTrainedModel, plan: CompressionPlan) -> None:
+    """Write the new sizes into the config, an encoder's and a decoder's own copies of it, and every module that keeps one."""
+    after, key = plan.meta.after, family_of(model.config).capacity_key
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for config in configs.values():
+        set_shape(config, after)
+    if not plan.experts:
+        return
+    capacity = {} if key is None else {key: getattr(model.config, key)}
+    for name, value in {"num_experts": after.num_experts, **capacity}.items():
+        for module in model.modules():  # from expert modules to the head that adds the auxiliary loss
+            if name in vars(module):
+                setattr(module, name, value)
 
 
-def _merge_experts(experts: Any, blend: Blend, model: PreTrainedModel) -> None:
-    """Average the experts into fewer, one at a time."""
+def _merge_experts(experts: Any, blend: Blend, leaders: Tensor, model: PreTrainedModel) -> None:
+    """Average the experts into fewer, one at a time; in a list of units each group's average goes where its leader was."""
     layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
+    weights = layout.weights(experts)
     for name, axis, order_EF in layout.sides(blend.order, width):
+        if layout.unit is not None:
+            merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
+            for leader, weight in zip(leaders.tolist(), merged, strict=True):
+                weights[name][leader].data = weight
+            continue
         old = getattr(experts, name)
-        setattr(experts, name, nn.Parameter(blend.of(old.data, order_EF, axis), requires_grad=old.requires_grad))
+        new = torch.empty(blend.number, *old.shape[1:], dtype=old.dtype, device=old.device)
+        for number, weight in enumerate(blend.each(old, order_EF, axis)):
+            new[number] = weight
+        setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    if layout.unit is not None:
+        _drop_experts(experts, leaders, layout)
 
 
 def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ Q sequences in a batch, A layers with attention, H query heads, C head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,42 +17,69 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from slimmoe_hf.families import LayerView, Shape, shape_of
+from slimmoe_hf.families import ExpertLayout, LayerView, Shape, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
 
 Batch = Mapping[str, Tensor]
 _IMPLEMENTATION = "slimmoe_scoring"
 
 
-class Sweep:
-    """What the taps need to know of the batch in hand."""
+class Tokens:
+    """What the taps need to know of the tokens in hand that one stack of layers is given."""
 
     sequence_N: Tensor
     valid_N: Tensor
     sequences: int
     listening = False  # until a batch is known, forward passes leave no trace
 
-    def start(self, batch: Batch) -> None:
-        ids = batch["input_ids"]
-        rows, length = ids.shape
-        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
-        starts = torch.zeros_like(ids)
+    def start(self, mask: Tensor, position_ids: Tensor | None = None) -> None:
+        """Take up a batch whose tokens count where `mask` says so, both `[rows, T]`."""
+        starts = torch.zeros_like(mask, dtype=torch.long)
         starts[:, 0] = 1
-        if "position_ids" in batch:  # a packed row counts its documents apart
-            starts = torch.maximum(starts, (batch["position_ids"].expand(rows, length) == 0).to(ids.dtype))
+        if position_ids is not None:  # a packed row counts its documents apart
+            starts = torch.maximum(starts, (position_ids.expand_as(mask) == 0).long())
         self.sequence_N = starts.flatten().cumsum(0) - 1
         self.valid_N = mask.flatten().bool()
         self.sequences = int(self.sequence_N[-1]) + 1
         self.listening = True
 
+
+class Sweep:
+    """What the taps need to know of the batch in hand.
+
+    Attributes:
+        stacks: Of the tokens that each stack of layers is given: a decoder's, or an encoder's and its decoder's.
+    """
+
+    def __init__(self, encoder_decoder: bool = False) -> None:
+        self.stacks = [Tokens() for _ in range(1 + encoder_decoder)]
+
+    def start(self, batch: Batch) -> None:
+        """Take up a batch.
+
+        Raises:
+            ValueError: An encoder-decoder's batch has no labels.
+        """
+        ids = batch["input_ids"]
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
+        self.stacks[0].start(mask, batch.get("position_ids"))
+        for decoder in self.stacks[1:]:
+            if "labels" not in batch:
+                raise ValueError(
+                    "a batch has no labels, and the decoder of an encoder-decoder is scored on them. Add them."
+                )
+            decoder.start(batch["labels"] != -100)
+
     @contextmanager
     def deaf(self) -> Iterator[None]:
         """Forward passes within the block leave no trace: a teacher may be the very model that is scored."""
-        self.listening = False
+        for stack in self.stacks:
+            stack.listening = False
         try:
             yield
         finally:
-            self.listening = True
+            for stack in self.stacks:
+                stack.listening = True
 
 
 def _accumulator(device: torch.device, *shape: int) -> Tensor:
@@ -68,7 +95,7 @@ def _sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
 class ExpertSums:
     """Running sums of one layer's experts."""
 
-    def __init__(self, experts: nn.Module, width: int, number: int, device: torch.device, sweep: Sweep) -> None:
+    def __init__(self, width: int, number: int, device: torch.device, sweep: Tokens) -> None:
         self.sweep = sweep
         self.number = number
         self.tokens = _accumulator(device, number)
@@ -95,12 +122,20 @@ class ExpertSums:
         self.gram += logits_NE.T @ logits_NE
 
     @torch.no_grad()
-    def record_all_outputs(self, experts: Any, hidden_ND: Tensor) -> None:
-        """Add what every expert makes of every token, where that is wanted."""
+    def record_all_outputs(
+        self, act: Callable[[int, Tensor], Tensor], down: Sequence[Tensor], hidden_ND: Tensor
+    ) -> None:
+        """Add what every expert makes of every token, where that is wanted.
+
+        Args:
+            act: The activations `[N, F]` of an expert, by its number and its inputs.
+            down: The output projection of every expert, `[D, F]`.
+            hidden_ND: The inputs.
+        """
         if self.outputs is not None and self.sweep.listening:
             hidden_ND = hidden_ND[self.sweep.valid_N]
-            for expert, (into, out) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
-                self.outputs[expert] += experts._apply_gate(hidden_ND @ into.T).float().sum(0) @ out.float().T
+            for expert, out in enumerate(down):
+                self.outputs[expert] += act(expert, hidden_ND).float().sum(0) @ out.float().T
 
     def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
         """Add one backward pass; pairs are sorted by expert, then by token."""
@@ -129,7 +164,7 @@ class ExpertSums:
 class HeadSums:
     """Running sums of one layer's query heads, seen at the input of `o_proj`."""
 
-    def __init__(self, heads: int, device: torch.device, sweep: Sweep) -> None:
+    def __init__(self, heads: int, device: torch.device, sweep: Tokens) -> None:
         self.sweep = sweep
         self.heads = heads
         self.head = {name: _accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
@@ -193,7 +228,11 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
     act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
     out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E)
     _SUMS[experts].record_outputs(out_SD, token_S, expert_S, gate_S)
-    _SUMS[experts].record_all_outputs(experts, hidden_ND)
+    _SUMS[experts].record_all_outputs(
+        lambda expert, all_ND: experts._apply_gate(all_ND @ experts.gate_up_proj[expert].T),
+        experts.down_proj,
+        hidden_ND,
+    )
     out_SD = out_SD * gate_S.unsqueeze(-1)
     unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
@@ -202,16 +241,39 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
 ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _scoring_experts)
 
 
+def _scoring_units(layout: ExpertLayout, experts: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The forward of a list of plain units with a tap on the activations, in the form in which Switch calls it."""
+    units, sums = layout.units(experts), _SUMS[experts]
+    into, out = ([getattr(unit, name) for unit in units] for name in (layout.gate_up, layout.down))
+
+    def forward(hidden_ND: Tensor, chosen_N1E: Tensor, gate_N1: Tensor) -> Tensor:
+        expert_S, token_S = chosen_N1E.squeeze(1).T.nonzero(as_tuple=True)  # tokens beyond the capacity chose none
+        gate_S, sizes = gate_N1.squeeze(-1)[token_S], torch.bincount(expert_S, minlength=len(units)).tolist()
+        inputs = hidden_ND[token_S].split(sizes)
+        acts = [unit.act(linear(x)) for unit, linear, x in zip(units, into, inputs, strict=True)]
+        act_SF = _ExpertTap.apply(torch.cat(acts), sums, token_S, expert_S, gate_S)
+        parts = zip(out, act_SF.split(sizes), strict=True)
+        out_SD = torch.cat([linear(act.to(linear.weight.dtype)) for linear, act in parts])
+        sums.record_outputs(out_SD, token_S, expert_S, gate_S)
+        sums.record_all_outputs(
+            lambda expert, all_ND: units[expert].act(into[expert](all_ND)), [linear.weight for linear in out], hidden_ND
+        )
+        weighted_SD = (out_SD * gate_S.unsqueeze(-1)).to(hidden_ND.dtype)
+        return torch.zeros_like(hidden_ND).index_add(0, token_S, weighted_SD)
+
+    return forward
+
+
 class LayerSums:
     """Running sums of one layer."""
 
-    def __init__(self, view: LayerView, shape: Shape, sweep: Sweep, expert_outputs: bool = False) -> None:
-        projection: Any = view.attention.o_proj
-        device = projection.weight.device
-        self.heads = HeadSums(shape.query_heads, device, sweep)
+    def __init__(
+        self, view: LayerView, shape: Shape, device: torch.device, tokens: Tokens, expert_outputs: bool = False
+    ) -> None:
+        self.heads = HeadSums(shape.query_heads, device, tokens)
         self.experts: ExpertSums | None = None
         if view.experts is not None:
-            self.experts = ExpertSums(view.experts, shape.expert_width, shape.num_experts, device, sweep)
+            self.experts = ExpertSums(shape.expert_width, shape.num_experts, device, tokens)
             if expert_outputs:
                 self.experts.outputs = _accumulator(device, shape.num_experts, shape.hidden_size)
 
@@ -230,25 +292,35 @@ class LayerSums:
 def tapped(
     model: PreTrainedModel, views: Sequence[LayerView], sweep: Sweep, expert_outputs: bool = False
 ) -> Iterator[list[LayerSums]]:
-    """Route the experts of some layers through `_scoring_experts`, listen to their routers, tap the input of each `o_proj`."""
-    shape, found = shape_of(model.config), []
-    before = model.config._experts_implementation
+    """Run the experts of some layers through taps, listen to their routers, tap the input of each output projection."""
+    shape, family, found = shape_of(model.config), family_of(model.config), []
     with ExitStack() as stack:
         for view in views:
-            sums = LayerSums(view, shape, sweep, expert_outputs)
-            hook = view.attention.o_proj.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            out: Any = view.attention.get_submodule(family.projections[-1])
+            sums = LayerSums(view, shape, out.weight.device, sweep.stacks[view.paths.stack], expert_outputs)
+            hook = out.register_forward_pre_hook(
                 lambda _module, args, heads=sums.heads: (_HeadTap.apply(args[0], heads), *args[1:])
             )
             stack.callback(hook.remove)
             if view.experts is not None and sums.experts is not None:
                 _SUMS[view.experts] = sums.experts
                 stack.callback(_SUMS.pop, view.experts)
+                if family.layout.unit is not None:
+                    vars(view.experts)["forward"] = _scoring_units(family.layout, view.experts)
+                    stack.callback(vars(view.experts).pop, "forward")
             if view.router is not None and sums.experts is not None:
                 listen = view.router.register_forward_hook(
-                    lambda _module, _args, output, layer=sums.experts: layer.record_router(output[0].flatten(0, -2))
+                    lambda _module, _args, output, layer=sums.experts: layer.record_router(_logits(output))
                 )
                 stack.callback(listen.remove)
             found.append(sums)
-        model.set_experts_implementation(_IMPLEMENTATION)
-        stack.callback(model.set_experts_implementation, before)
+        if family.layout.unit is None:
+            before = model.config._experts_implementation
+            model.set_experts_implementation(_IMPLEMENTATION)
+            stack.callback(model.set_experts_implementation, before)
         yield found
+
+
+def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """`[N, E]` of what a router, or its classifier alone, has answered."""
+    return (output if isinstance(output, Tensor) else output[0]).flatten(0, -2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import FAMILIES, family_of, moe_layers, shape_of
+from slimmoe_hf.families import DECODERS, family_of, moe_layers, shape_of
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Terms:
             if weight <= 0:
                 continue
             for config in (student, teacher):
-                if config.model_type not in FAMILIES:
+                if config.model_type not in DECODERS:
                     raise ValueError(
                         f"{name}={weight} needs to know where the layers of a {config.model_type} are; it works with "
-                        f"{', '.join(FAMILIES)}. Set it to 0."
+                        f"{', '.join(DECODERS)}. Set it to 0."
                     )
             ours, theirs = (_comparable(name, config) for config in (student, teacher))
             if ours != theirs:

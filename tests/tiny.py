@@ -43,6 +43,8 @@ _OWN: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised float32 model in eval mode; `overrides` are config keys."""
+    if family in SEQ2SEQ_NAMES:
+        return tiny_seq2seq(family, seed, **overrides)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**_SHAPE, **_OWN[family], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
