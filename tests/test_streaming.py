@@ -15,14 +15,13 @@ import torch
 from recipes import tiny_recipe
 from runs import in_child, unequal_rows
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
+from tiny import VOCAB_SIZE, decoder_only, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
 
 from slimmoe_hf import Target, cli, commands, make_plan, pipeline, run_recipe
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
-from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.stats import ExpertStats
@@ -31,6 +30,7 @@ from slimmoe_hf.walk import Walk
 
 TEACHER = Path(__file__).parent.parent / "examples" / "teacher" / "model"
 ROWS = unequal_rows(24)
+ONE_STACK = "text walks through one stack of layers; an encoder-decoder is refused"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("loss", CALIBRATION_LOSSES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", decoder_only(ONE_STACK))
 def test_streamed_statistics_equal_those_in_memory(family: str, loss: str, tmp_path: Path):
     """1e-5 norm-wise per expert is promised; here it is the same arithmetic."""
     path = save_tiny(tmp_path / "model", family)
@@ -87,6 +87,15 @@ def test_streamed_statistics_equal_those_in_memory(family: str, loss: str, tmp_p
     streamed = stream_stats(path, text(), loss, work=tmp_path / "work", progress=False)
     assert worst(streamed, whole) < 1e-5
     assert streamed.meta == whole.meta
+
+
+def test_an_encoder_decoder_is_refused_in_one_line(tmp_path: Path):
+    path = save_tiny(tmp_path / "model", "switch_transformers")
+    with pytest.raises(
+        ValueError, match=r"is an encoder-decoder, and going through .* \(--stream\) takes phimoe, "
+    ) as error:
+        stream_stats(path, text(), work=tmp_path / "work", progress=False)
+    assert "\n" not in str(error.value) and not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
@@ -329,7 +338,7 @@ def answers(cache: TeacherCache) -> Iterator[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["top_k", "hidden"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", decoder_only(ONE_STACK))
 def test_a_streamed_teacher_writes_the_cache_of_the_live_one(family: str, kind: Any, tmp_path: Path):
     path = save_tiny(tmp_path / "model", family)
     live = write(path, tmp_path / "live", kind=kind, top_k=16, temperatures=(2.0,))

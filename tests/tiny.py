@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -17,7 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from slimmoe_hf.families import FAMILIES, Family
+
 FAMILY_NAMES = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
+"""The decoder-only ones; a test of all takes `families()`, or `decoder_only(reason)`."""
 VOCAB_SIZE = 320
 EXPERT_WIDTH, NUM_EXPERTS, NUM_LAYERS, KV_GROUPS, HEADS = 32, 4, 2, 2, 4
 
@@ -84,6 +89,26 @@ def tiny_seq2seq(family: str = "switch_transformers", seed: int = 0, **overrides
         if name == "final_logits_bias":  # zeros by default, learned in Marian
             buffer.normal_()
     return model
+
+
+def families(refused: Callable[[Family], str] = lambda row: "") -> list[Any]:
+    """Every row of `FAMILIES`, for `parametrize`; skipped, with the reason, where `refused` gives one."""
+    reasons = {name: refused(row) for name, row in FAMILIES.items()}
+    return [pytest.param(name, marks=pytest.mark.skip(reason=why)) if why else name for name, why in reasons.items()]
+
+
+def decoder_only(reason: str) -> list[Any]:
+    """As `families`; those with an encoder are skipped, for `reason`."""
+    return families(lambda row: reason if row.encoder_decoder else "")
+
+
+def expert_output(model: PreTrainedModel, experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert makes of its inputs, `[N, D]`, written out."""
+    layout = FAMILIES[model.config.model_type].layout
+    if layout.unit is not None:
+        return experts[layout.unit.format(expert)](x)
+    gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
 
 
 def tiny_batch(rows: int = 4, length: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
