@@ -23,6 +23,7 @@ from slimmoe_hf.atomic import refuse_existing
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_format import KINDS, TOP_K, CacheSpec, Kind, text_key, texts_of, unfinished, vocabulary_sha256
 from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes
+from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
 from slimmoe_hf.streamed_answers import StreamedAnswers
 
@@ -126,6 +127,7 @@ def _loaded(
     path: Path, kind: Kind, dtype: str | None, place: torch.device, work: Path | None, memory: int | None
 ) -> Answers | StreamedAnswers:
     """A teacher from a checkpoint; with a folder to work in, one layer of it at a time."""
+    refuse_encoder_decoder(load_config(path), "a teacher cache")
     if work is None:
         return Answers(load_model(path, _dtype(path, dtype, place), place), kind)
     return StreamedAnswers(path, kind, _dtype(path, dtype, place), place, work, memory)

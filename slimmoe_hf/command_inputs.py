@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimmoe_hf.atomic import refuse_existing, write_text
 from slimmoe_hf.data import load_documents, take_tokens, tokenize
-from slimmoe_hf.families import family_of
+from slimmoe_hf.families import family_of, refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.plan import Target
 from slimmoe_hf.preflight import check_vocabulary
@@ -55,10 +55,24 @@ def output_path(args: argparse.Namespace, file: bool = False) -> Path:
     return path
 
 
-def open_checkpoint(model: str, revision: str | None, finite: bool = True) -> tuple[Path, PreTrainedTokenizerBase]:
-    """A checkpoint that has been looked through (its values too, with `finite`), and its tokenizer."""
+def open_checkpoint(
+    model: str, revision: str | None, finite: bool = True, encoder_decoder: bool = False
+) -> tuple[Path, PreTrainedTokenizerBase]:
+    """A checkpoint that has been looked through, and its tokenizer.
+
+    Args:
+        model: A folder or a Hub id.
+        revision: A commit of the Hub id.
+        finite: Look at its values too.
+        encoder_decoder: Whether what is asked can be done with one.
+
+    Raises:
+        ValueError: It cannot, or the checkpoint is damaged or of an unknown family.
+    """
     path = find_checkpoint(model, revision)
     family_of(load_config(path))
+    if not encoder_decoder:
+        refuse_encoder_decoder(load_config(path), "this")
     verify_checkpoint(path, finite)
     tokenizer = load_tokenizer(path)
     check_vocabulary(load_config(path), tokenizer, path)

@@ -47,6 +47,7 @@ from slimmoe_hf.command_inputs import (
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import dataset_hash, load_documents, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
+from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.loading import (
     files_sha256,
     find_checkpoint,
@@ -103,9 +104,8 @@ def score(args: argparse.Namespace) -> None:
     stats = scored(args, output)
     stats.save(output)
     remove_work(args, output)
-    rich.print(
-        f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} --expert-width N --output plan"
-    )
+    size = "--num-experts E" if FAMILIES[stats.meta.family].no_width else "--expert-width N"
+    rich.print(f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} {size} --output plan")
 
 
 def plan(args: argparse.Namespace) -> None:

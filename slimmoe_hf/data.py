@@ -282,9 +282,45 @@ def tokenize(
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def take_rows(rows: Dataset, tokens: int) -> Dataset:
-    """The first tokenised rows that have `tokens` tokens together; all of them if that is not enough."""
-    counted = np.cumsum([len(row) for row in rows["input_ids"]])
+def tokenize_pairs(documents: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
+    """Tokenise prompts and completions for an encoder-decoder, a pair a row, each side with its end-of-text token.
+
+    Args:
+        documents: Rows as `load_documents` gives them.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens of either side; what is longer is truncated.
+
+    Returns:
+        A dataset with the columns `input_ids`, of the prompts, and `labels`, of the completions.
+
+    Raises:
+        ValueError: The documents are no pairs, or chats.
+    """
+    if "prompt" not in documents.column_names:
+        raise ValueError(
+            f"an encoder-decoder reads a prompt and answers with a completion; the data has {', '.join(documents.column_names)}. "
+            "Bring the columns prompt and completion."
+        )
+    if not isinstance(documents[0]["prompt"], str) or not isinstance(documents[0]["completion"], str):
+        raise ValueError("the prompts or completions are chats, and an encoder-decoder reads text. Render them first.")
+    sides = {"input_ids": "prompt", "labels": "completion"}
+    return Dataset.from_dict(
+        {
+            name: [tokenize_document({"text": text}, tokenizer)[:max_length] for text in documents[side]]
+            for name, side in sides.items()
+        }
+    )
+
+
+def take_rows(rows: Dataset, tokens: int, columns: Sequence[str] = ("input_ids",)) -> Dataset:
+    """The first tokenised rows that have `tokens` tokens together; all of them if that is not enough.
+
+    Args:
+        rows: From `tokenize`, or `tokenize_pairs`.
+        tokens: How many.
+        columns: What is counted.
+    """
+    counted = np.cumsum([sum(map(len, row)) for row in zip(*(rows[column] for column in columns), strict=True)])
     return rows.select(range(min(len(rows), int(np.searchsorted(counted, tokens)) + 1)))
 
 

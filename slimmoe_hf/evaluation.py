@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimmoe_hf.data import document_text, take_tokens, tokenize, tokenize_document
-from slimmoe_hf.families import DECODERS, moe_layers, shape_of
-from slimmoe_hf.loading import load_model, weight_bytes, weights_sha256
+from slimmoe_hf.families import DECODERS, moe_layers, refuse_encoder_decoder, shape_of
+from slimmoe_hf.loading import load_config, load_model, weight_bytes, weights_sha256
 from slimmoe_hf.routing import RouterLoad, load_shares
 from slimmoe_hf.throughput import measure_speed, synchronise
 
@@ -260,6 +260,7 @@ def evaluate_checkpoint(
         dtype: What to compute in, whatever the weights are stored in.
         progress: Show a progress bar.
     """
+    refuse_encoder_decoder(load_config(path), "evaluation on text")
     model = load_model(path, dtype=dtype, device=device)
     swept = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
     speed = measure_speed(model, data.rows_NT[:1, :PROMPT], NEW_TOKENS)

@@ -248,9 +248,9 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def refuse_encoder_decoder(config: PreTrainedConfig, what: str) -> None:
-    """Raise ValueError, as `family_of`, or if a model is an encoder-decoder; `what` is for decoder-only ones."""
-    if family_of(config).encoder_decoder:
-        raise ValueError(f"a {config.model_type} is an encoder-decoder, and {what} takes {', '.join(DECODERS)} only.")
+    """Raise ValueError if a model is an encoder-decoder; `what` is for decoder-only ones."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"a {config.model_type} is an encoder-decoder, and {what} takes decoder-only models.")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict
 from rich import get_console
 from transformers import set_seed
 
-from slimmoe_hf.loading import load_model, load_tokenizer
+from slimmoe_hf.families import refuse_encoder_decoder
+from slimmoe_hf.loading import load_config, load_model, load_tokenizer
 
 SPELLINGS = {
     "arc": "ai2_arc",  # arc_easy and arc_challenge
@@ -117,6 +118,7 @@ class TaskSet:
         Raises:
             ValueError: The harness cannot run a task.
         """
+        refuse_encoder_decoder(load_config(model_path), "a task of the harness")
         model, tokenizer = load_model(model_path, dtype, device), load_tokenizer(model_path)
         with _quiet(progress and get_console().is_terminal):
             from lm_eval import evaluate

@@ -18,7 +18,7 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
 from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
-from slimmoe_hf.families import refuse_encoder_decoder
+from slimmoe_hf.families import family_of, refuse_encoder_decoder
 from slimmoe_hf.launch import processes_of
 from slimmoe_hf.loading import (
     files_sha256,
@@ -188,6 +188,7 @@ def check_targets(config: PreTrainedConfig, targets: list[Target]) -> list[PreTr
     Raises:
         ValueError: A dense or unknown model, or a target that its stage's model cannot take.
     """
+    family_of(config)
     refuse_encoder_decoder(config, "a recipe")
     configs = []
     for number, target in enumerate(targets):

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.command_inputs import open_checkpoint, read_documents
-from slimmoe_hf.data import batches, take_apart, take_rows, tokenize
+from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
+from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.preflight import check_teacher, device
 from slimmoe_hf.stats import ExpertStats
@@ -80,12 +81,17 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, PreTrainedModel | None, Ite
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
     # Streamed weights are looked through when they are read.
-    path, tokenizer = open_checkpoint(args.model, args.revision, finite=not args.stream)
+    if args.stream:
+        refuse_encoder_decoder(load_config(find_checkpoint(args.model, args.revision)), "--stream")
+    path, tokenizer = open_checkpoint(args.model, args.revision, finite=not args.stream, encoder_decoder=True)
     teacher = None
     if args.teacher is not None and args.loss == "kd_topk":
         folder = find_checkpoint(args.teacher, args.teacher_revision)
         check_teacher(folder, load_config(path), tokenizer)
         teacher = load_model(folder, args.calibration_dtype, _place(args))
     documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
-    rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
+    if load_config(path).is_encoder_decoder:
+        rows = take_rows(tokenize_pairs(documents, tokenizer, args.max_length), args.tokens, ("input_ids", "labels"))
+    else:
+        rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
     return path, teacher, batches(rows, args.batch_size, tokenizer.pad_token_id or 0)

@@ -92,7 +92,7 @@ def test_streamed_statistics_equal_those_in_memory(family: str, loss: str, tmp_p
 def test_an_encoder_decoder_is_refused_in_one_line(tmp_path: Path):
     path = save_tiny(tmp_path / "model", "switch_transformers")
     with pytest.raises(
-        ValueError, match=r"is an encoder-decoder, and going through .* \(--stream\) takes phimoe, "
+        ValueError, match=r"is an encoder-decoder, and going through .* \(--stream\) takes decoder-only"
     ) as error:
         stream_stats(path, text(), work=tmp_path / "work", progress=False)
     assert "\n" not in str(error.value) and not (tmp_path / "work").exists()

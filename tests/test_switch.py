@@ -10,15 +10,18 @@ import pytest
 import torch
 from test_checkpoint import same_tensors, saved
 from test_surgery import deselected, random_plan
-from tiny import NUM_EXPERTS, tiny_batch, tiny_seq2seq, tiny_tokenizer
+from tiny import NUM_EXPERTS, documents, save_tiny, tiny_batch, tiny_seq2seq, tiny_tokenizer, write_text
 from torch.testing import assert_close
 
+from slimmoe_hf import cli, commands
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.data import load_documents, tokenize_pairs
 from slimmoe_hf.families import FAMILIES, SWITCH, layer_views, moe_layers, shape_of
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.plan import Target, make_plan, validate_target
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
+from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.student_training import save_checkpoint
 from slimmoe_hf.surgery import apply_plan
 
@@ -29,6 +32,13 @@ def question(rows: int = 4, source: int = 20, target: int = 9) -> dict[str, torc
     mask = torch.ones_like(ids)
     mask[1, -7:], labels[2, -4:] = 0, -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pairs(path: Path) -> Path:
+    """Prompts and completions from the standard library's reference."""
+    rows = [{"prompt": text[:90], "completion": text[90:130]} for text in documents()[:80]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def cut(batch: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
@@ -190,3 +200,53 @@ def test_the_row_says_where_the_experts_are():
         for name, _ in family.disk.projections:
             assert f"{paths.feed_forward}.{name.format(3)}" in names
         assert f"{paths.feed_forward}.{family.disk.router}" in names
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch):
+    """`slimmoe NAME` on a tiny Switch and pairs of text; more flags, its exit status."""
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+    source, text = save_tiny(tmp_path / "model", SWITCH), pairs(tmp_path / "pairs.jsonl")
+
+    def run(name: str, *more: str, data: Path = text) -> int:
+        given = [name, str(source), "--data", str(data), "--max-length", "32", "--tokens", "600", "--batch-size", "4"]
+        return cli.main([*given, *more, *([] if name == "eval" else ["--output", str(tmp_path / "out")])])
+
+    return run
+
+
+def test_the_commands_score_slim_and_merge_pairs_of_text(command, tmp_path: Path):
+    source, batch = tmp_path / "model", question()
+    assert command("score") == 0
+    stats = ExpertStats.load(tmp_path / "out")
+    assert stats.meta.family == SWITCH and 400 < stats.meta.tokens < 700, "documents of 600 tokens, and those truncated"
+    rows = tokenize_pairs(load_documents(str(tmp_path / "pairs.jsonl")), tiny_tokenizer(), 32)
+    assert all(len(row["input_ids"]) <= 32 and 0 < len(row["labels"]) <= 32 for row in rows)
+    assert {row["labels"][-1] for row in rows if len(row["labels"]) < 32} == {0}, "the end of text is predicted too"
+    (tmp_path / "out").unlink()
+    assert command("slim", "--num-experts", "3", "--criterion", "reap") == 0
+    assert shape_of(load_model(tmp_path / "out").config).num_experts == 3
+    assert command("merge", "--num-experts", "2", "--overwrite", "--similarity", "outputs") == 0
+    plan = CompressionPlan.load(tmp_path / "out" / "plan")
+    ours, theirs = load_model(tmp_path / "out"), apply_plan(load_model(source), plan)
+    assert torch.equal(ours(**batch).logits, theirs(**batch).logits) and ours.config.expert_capacity == 128
+
+
+def test_the_commands_answer_bad_input_in_one_line(command, tmp_path: Path, capsys):
+    plain = write_text(tmp_path / "text.jsonl")
+    chats = tmp_path / "chats.jsonl"
+    said = [
+        {side: [{"role": "user", "content": text[:200]}] for side in ("prompt", "completion")} for text in documents()
+    ]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in said))
+    for name, more, data, message in (
+        ("score", (), plain, "an encoder-decoder reads a prompt and answers with a completion; the data has text"),
+        ("score", ("--split", "all"), chats, "the prompts or completions are chats"),
+        ("score", ("--stream",), plain, "a switch_transformers is an encoder-decoder, and --stream takes decoder-only"),
+        ("slim", ("--expert-width", "16"), plain, "expert_width=16 cannot be had for switch_transformers"),
+        ("eval", (), plain, "a switch_transformers is an encoder-decoder, and this takes decoder-only models"),
+    ):
+        capsys.readouterr()
+        assert command(name, *more, data=data) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert message in error and "Traceback" not in error and not (tmp_path / "out").exists()

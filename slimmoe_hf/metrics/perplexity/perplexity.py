@@ -10,7 +10,8 @@ import evaluate
 import torch
 
 from slimmoe_hf.evaluation import held_out, measure_loss
-from slimmoe_hf.loading import find_checkpoint, load_model, load_tokenizer
+from slimmoe_hf.families import refuse_encoder_decoder
+from slimmoe_hf.loading import find_checkpoint, load_config, load_model, load_tokenizer
 
 _DESCRIPTION = """
 exp of the mean loss per token, by the convention of `slimmoe eval`: every text is one document, ended with the
@@ -55,6 +56,7 @@ class Perplexity(evaluate.Metric):
         if not any(predictions):
             raise ValueError("perplexity needs text: all predictions are empty.")
         path = find_checkpoint(model_id)
+        refuse_encoder_decoder(load_config(path), "perplexity")
         model = load_model(path, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         data = held_out(datasets.Dataset.from_dict({"text": predictions}), load_tokenizer(path), max_length)
         loss = measure_loss(model, data.rows_NT, batch_size, progress=False).loss
