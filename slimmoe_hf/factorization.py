@@ -41,7 +41,7 @@ def factor_experts(model: M, rank: int = RANK) -> M:
     In Switch the first sparse encoder layer is left alone (paper). An optimizer made before holds the old parameters.
 
     Args:
-        model: Whole, on real devices: a family of `FAMILIES`, or Switch Transformers. Experts that were merged and share
+        model: Whole, on real devices, of a family in `FAMILIES`. Experts that were merged and share
             their module or their weights are factored once.
         rank: r, a multiple of 8, less than the smaller side of every matrix.
 
