@@ -20,7 +20,7 @@ class Merging(BaseModel):
     """How it was decided which experts are averaged.
 
     Attributes:
-        similarity, grouping, reference: As `merging.plan_merge` takes them.
+        similarity, grouping, reference, counts: As `merging.plan_merge` takes them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +28,7 @@ class Merging(BaseModel):
     similarity: str
     grouping: str
     reference: str
+    counts: str = "uniform"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.factored import refuse_factored
+from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import LayerView, family_of, layer_views, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint, model_sha256
 from slimmoe_hf.losses import cross_entropy, forward_kl
@@ -115,7 +115,7 @@ def collect_stats(
     """
     token_loss = loss_named(loss)
     family_of(model.config)
-    refuse_factored(model)
+    refuse_own_form(model)
     sweep, seen, views = Sweep(family_of(model.config).encoder_decoder), Seen(), layer_views(model)
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     with _frozen(model), tapped(model, views, sweep, expert_outputs) as sums:

@@ -25,7 +25,7 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize
 from slimmoe_hf.disk import auto_class
-from slimmoe_hf.factored import refuse_factored
+from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
@@ -276,7 +276,7 @@ def refuse_what_cannot_be_cut(model: Any) -> None:
         raise ValueError(f"SlimmingCallback cuts transformers models; this is a {type(model).__name__}.")
     if getattr(model, "is_quantized", False):
         raise ValueError("a quantised model cannot be cut: load it in bfloat16 or float32, slim, then quantise.")
-    refuse_factored(model)
+    refuse_own_form(model)
     parameters = list(model.parameters())
     if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
         raise ValueError(

@@ -90,6 +90,7 @@ def slim_checkpoint(
         raise ValueError(f"{destination}: is the model itself, or holds it. Give another place to write to.")
     config = load_config(opened.folder)
     plan.check()
+    plan.refuse_adaptive()
     plan.check_fits(config)
     stored = opened.stored()
     parts = locate(config, stored, opened.name)

@@ -255,6 +255,26 @@ def choose(scores: Tensor, number: int, layers: Iterable[int]) -> Chosen:
     return Chosen(dict(zip(layers, best, strict=True)), dict(zip(layers, shares, strict=True)))
 
 
+def choose_anywhere(scores_LE: Tensor, number: int) -> list[Tensor]:
+    """Of every layer the highest score, and then the highest of all layers, until `number` a layer stay on average.
+
+    The count is exact; ties go to the lower layer, then to the lower index. (M-SMoE; the paper's threshold loses ties.)
+
+    Args:
+        scores_LE: Comparable between layers.
+        number: Of those that stay, the mean over the layers.
+
+    Returns:
+        What stays of each layer, ascending.
+    """
+    layers, size = scores_LE.shape
+    best_LE = torch.sort(scores_LE, dim=-1, descending=True, stable=True).indices
+    marked_LE = scores_LE.scatter(-1, best_LE[:, :1], torch.inf)
+    order = torch.sort(marked_LE.flatten(), descending=True, stable=True).indices
+    kept = order[: number * layers].sort().values
+    return [kept[kept // size == layer] % size for layer in range(layers)]
+
+
 def of_kept_experts(values: Tensor, layers: Iterable[int], experts: Mapping[int, Tensor]) -> Tensor:
     """Of values per expert, those of the experts that stay: `[L, E, ...] -> [L, E', ...]`.
 

@@ -19,7 +19,8 @@ def describe_plan(plan: CompressionPlan) -> str:
         f"{meta.family}: {meta.target}, by {_criteria(plan)} (calibration loss {meta.loss}, seed {meta.seed})",
         f"  expert width {meta.before.expert_width} -> {meta.after.expert_width}, key/value groups "
         f"{meta.before.kv_groups} -> {meta.after.kv_groups}, query heads {meta.before.query_heads} -> "
-        f"{meta.after.query_heads}, experts {meta.before.num_experts} -> {meta.after.num_experts}",
+        f"{meta.after.query_heads}, experts {meta.before.num_experts} -> {meta.after.num_experts}"
+        + (" on average" if plan.adaptive else ""),
         *([f"  merged: {', '.join(f'{name} {value}' for name, value in meta.merging)}"] if meta.merging else []),
         f"  {alignment_note(meta.after.expert_width)}",
         f"  plan {plan.sha256[:12]}, statistics {meta.stats_sha256[:12]}, model {meta.model_sha256[:12]}, "
@@ -133,6 +134,8 @@ def size_rows(plan: CompressionPlan, experts: bool = False) -> dict[str, str]:
     rows = {}
     if experts:
         rows["experts per layer"] = _arrow(before.num_experts, after.num_experts)
+        if plan.adaptive:
+            rows["experts per layer"] += " on average"
         kept = [layer.expert_score_kept for layer in plan.meta.layers if layer.expert_score_kept is not None]
         rows["experts chosen by"] = (
             f"`{plan.meta.expert_criterion}`, {mean(kept):.0%} of its score stayed" if kept else "-"

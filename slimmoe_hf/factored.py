@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import FAMILIES, ExpertLayout, family_of, moe_layers
+from slimmoe_hf.shared_checkpoint import SharedModel
+from slimmoe_hf.shared_experts import SharedExperts, point
 
 PACKED = ("rows", "index")
 """What a saved S consists of: its rows that are not zero, and where they belong."""
@@ -178,15 +180,20 @@ class FactoredExperts(nn.Module):
         stock: The class it stands for.
         gate_up_proj: Of `[E, 2F, D]`, one factoring for gate and up together (our choice: it is one matrix in memory).
         down_proj: Of `[E, D, F]`.
+        groups: The expert that each row of the router points to, where experts are shared; otherwise None.
     """
 
+    groups: Tensor | None
+
     def __init__(
-        self, stock: type[nn.Module], act_fn: Callable[[Tensor], Tensor], gate_up: Weight, down: Weight
-    ) -> None:
+        self, stock: type[nn.Module], act_fn: Callable[[Tensor], Tensor], gate_up: Weight, down: Weight,
+        groups: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Take the factored matrices as they are."""
         super().__init__()
         self.stock, self.act_fn = stock, act_fn
         self.gate_up_proj, self.down_proj = gate_up, down
+        self.register_buffer("groups", groups, persistent=False)
 
     @property
     def num_experts(self) -> int:
@@ -201,6 +208,8 @@ class FactoredExperts(nn.Module):
             top_k_index: The experts chosen, `[N, K]`. top_k_weights: Their weights, `[N, K]`.
         """
         tokens, k = top_k_index.shape
+        if self.groups is not None:
+            top_k_index = self.groups[top_k_index]
         expert_S, order_S = torch.sort(top_k_index.flatten(), stable=True)
         ends_E = torch.bincount(expert_S, minlength=self.num_experts).cumsum(0).to(torch.int32)
         gate_SF, up_SF = self.gate_up_proj(hidden_states[order_S // k], ends_E).chunk(2, dim=-1)
@@ -277,7 +286,9 @@ def install(model: PreTrainedModel, weights: Mapping[str, Weight]) -> None:
         if _layout(model.config).unit is not None:
             setattr(module, name, weight)
         elif name == "gate_up_proj":
-            factored = FactoredExperts(type(module), module.act_fn, weight, weights[f"{parent}.down_proj"])
+            shared = isinstance(module, SharedExperts)
+            stock, groups = (module.stock, module.groups) if shared else (type(module), None)
+            factored = FactoredExperts(stock, module.act_fn, weight, weights[f"{parent}.down_proj"], groups)
             model.set_submodule(parent, factored.train(module.training))
 
 
@@ -288,8 +299,18 @@ def factored_weights(model: nn.Module) -> dict[str, Weight]:
     }
 
 
+def refuse_own_form(model: nn.Module) -> None:
+    """Raise ValueError if a model's experts are factored or shared: what scores, cuts or merges looks for stock ones."""
+    refuse_factored(model)
+    if isinstance(model, SharedModel):
+        raise ValueError(
+            "the experts of this model are merged and shared, so they can be neither scored nor cut nor merged again. Slim "
+            "first and merge then, or call slimmoe_hf.merged_forms.unshare(model)."
+        )
+
+
 def refuse_factored(model: nn.Module) -> None:
-    """Raise ValueError if a model's experts are factored: what scores, cuts or merges experts looks for dense ones."""
+    """Raise ValueError if a model's experts are factored."""
     if factored_weights(model):
         raise ValueError(
             "the experts of this model are factored, so they can be neither scored nor cut nor merged. Slim or merge first and "
@@ -304,6 +325,8 @@ def uninstall(model: PreTrainedModel) -> None:
         with torch.device("meta"):
             stock: Any = experts.stock(model.config)
         stock.gate_up_proj, stock.down_proj = _parameter(experts.gate_up_proj), _parameter(experts.down_proj)
+        if experts.groups is not None:
+            point(stock, experts.groups.tolist(), _layout(model.config))
         model.set_submodule(path, stock.train(experts.training))
     linears: dict[int, nn.Linear] = {}
     for path, weight in list(model.named_modules(remove_duplicate=False)):  # one that is shared stays so

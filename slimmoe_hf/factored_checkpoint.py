@@ -1,30 +1,20 @@
-"""Factored models on disk: the kept rows of S alone, exact to the bit, and never mistaken for a stock checkpoint.
+"""Factored models on disk: the kept rows of S alone, exact to the bit; otherwise as every form of our own (`own_form`).
 
-A folder has the usual files. In `model.safetensors` every matrix W of a factored expert is four tensors, `W.left`,
-`W.right`, `W.rows` and `W.index`; all others have the names they have in memory, so that a plain `Trainer` resumes from
-it. Stock classes would find no experts there and invent some; so `config.json` names, as the weights file to load, none
-but the function to call, and `from_pretrained` of every stock class stops at it with that name in the message.
+In `model.safetensors` every matrix W of a factored expert is four tensors, `W.left`, `W.right`, `W.rows` and `W.index`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.factored import (
     PACKED,
     FactoredWeight,
@@ -37,70 +27,29 @@ from slimmoe_hf.factored import (
     unpack,
 )
 from slimmoe_hf.loading import FACTORED
-from slimmoe_hf.shards import SINGLE
+from slimmoe_hf.own_form import OwnForm, distinct, fill, read_config, read_tensors, skeleton, write_form
+from slimmoe_hf.shared_checkpoint import shared_class
+from slimmoe_hf.shared_experts import GROUPS
 
-_GUARD_KEY = "transformers_weights"
 _GUARD = "the experts here are factored; load them with slimmoe_hf.factored_checkpoint.load_factored(folder)"
 
 
-class FactoredEntry(BaseModel):
-    """What `config.json` says of a factored checkpoint.
-
-    Attributes:
-        architecture: The stock class that the model is one of.
-        aliases: Path of a module -> path of the one that it is the same as (experts that were merged).
-        version: Of this format.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    architecture: str
-    aliases: dict[str, str] = {}
-    version: int = 1
-
-
-class FactoredModel:
+class FactoredModel(OwnForm):
     """What a model becomes with its experts factored: the same class, that saves and loads its own form.
 
     `save_pretrained` writes the packed form, so that every Trainer's checkpoints are exact, and `from_pretrained` reads
     it, with all rows of S trainable.
     """
 
-    stock: ClassVar[type[PreTrainedModel]]
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As `save_factored`; other arguments of transformers' (shard size, variant) have no meaning here.
-
-        Raises:
-            ValueError: `push_to_hub=True`.
-        """
+    def save_form(self, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None) -> None:
+        """As `save_factored`."""
         assert isinstance(self, PreTrainedModel)
-        if push_to_hub:
-            raise ValueError("a factored model is not pushed by save_pretrained: save it, then upload the folder.")
-        if is_main_process:
-            save_factored(self, save_directory, state_dict)
+        save_factored(self, folder, state_dict)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: str | torch.dtype | None = None,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        local_files_only: bool = True,
-    ) -> Any:
-        """As `load_factored(folder, regrow=True)`, with the arguments of transformers that apply; always strict."""
-        model = load_factored(folder, regrow=True, dtype=dtype, stock=cls.stock)
-        report: dict[str, list[Any]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
-        return (model, report) if output_loading_info else model
+    def load_form(cls, folder: str | os.PathLike[str], dtype: str | torch.dtype | None) -> PreTrainedModel:
+        """As `load_factored(folder, regrow=True)`."""
+        return load_factored(folder, regrow=True, dtype=dtype, stock=cls.stock)
 
 
 _CLASSES: dict[Any, Any] = {}
@@ -129,41 +78,12 @@ def save_factored(
     """
     if not isinstance(model, FactoredModel):
         raise ValueError(f"a {type(model).__name__} has no factored experts: call factor_experts(model) first.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = _distinct(model, dict(model.state_dict() if state_dict is None else state_dict))
+    tensors = distinct(model, model.state_dict() if state_dict is None else state_dict)
     for name, weight in factored_weights(model).items():
         if isinstance(weight, FactoredWeight):
             sparse = tensors.pop(f"{name}.sparse")
             tensors |= dict(zip((f"{name}.{part}" for part in PACKED), pack(sparse), strict=True))
-    entry = FactoredEntry(architecture=model.stock.__name__, aliases=_aliases(model))
-    values = model.config.to_dict()
-    values |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
-    values |= {_GUARD_KEY: _GUARD, FACTORED: entry.model_dump()}
-    with replacing(folder / SINGLE, overwrite=True) as partial:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
-    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-    if isinstance(model.generation_config, GenerationConfig):
-        model.generation_config.save_pretrained(str(folder))
-
-
-def _distinct(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second names of tied weights, and of modules that are one and the same."""
-    doubles = tuple(f"{alias}." for alias in _aliases(model))
-    tied = model.all_tied_weights_keys
-    return {name: t for name, t in tensors.items() if not (name in tied or (doubles and name.startswith(doubles)))}
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Second path -> first path of every module that is in the model twice; of those within it only itself."""
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        known = first.setdefault(id(module), name)
-        has_weights = next(module.parameters(), None) is not None
-        if known != name and has_weights and not any(name.startswith(f"{alias}.") for alias in found):
-            found[name] = known
-    return found
+    write_form(model, folder, FACTORED, _GUARD, tensors)
 
 
 def load_factored(
@@ -185,41 +105,19 @@ def load_factored(
         ValueError: It is no factored checkpoint, is of another version, or does not hold exactly this model's weights.
     """
     folder = Path(folder)
-    config, entry = _read_config(folder)
-    model = _skeleton(config, stock or _stock_class(entry, folder))
-    tensors = _read_tensors(folder / SINGLE, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    config, entry = read_config(folder, FACTORED, "factored")
+    model = skeleton(config, entry, stock, folder)
+    tensors = read_tensors(folder, dtype)
     weights = _weights(model, tensors, regrow, folder)
     try:
         install(model, weights)
-        for alias, first in entry.aliases.items():
-            model.set_submodule(alias, model.get_submodule(first))
-        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{folder}: does not hold the weights of this model: {' '.join(str(error).split())}"
-        ) from error
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta] + unexpected
-    if left:
-        kind = "left over" if left[0] in unexpected else "missing"
-        raise ValueError(f"{folder / SINGLE}: {left[0]} is {kind} ({len(left)} such). Fetch or make it again.")
-    known = (*model.all_tied_weights_keys, *entry.aliases)
-    assert all(name.startswith(known) for name in missing), missing
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise ValueError(f"{folder}: does not hold the weights of this model: no {error.args[0]}.") from error
+    fill(model, entry, tensors, folder)
+    if GROUPS in config.to_dict():
+        model.__class__ = shared_class(type(model))
     model.__class__ = factored_class(type(model))
-    return model.eval()
-
-
-def _read_tensors(file: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The file's tensors in memory of their own: where they lie in the file, products would round otherwise."""
-    try:
-        stored = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}). Fetch or make it again.") from error
-    return {
-        name: tensor.to(dtype if tensor.is_floating_point() else None, copy=True) for name, tensor in stored.items()
-    }
+    return model
 
 
 def _weights(model: PreTrainedModel, tensors: dict[str, Tensor], regrow: bool, folder: Path) -> dict[str, Weight]:
@@ -249,32 +147,3 @@ def _ascending(index: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether an index names rows of an S of this shape, each once, in order."""
     bounds = torch.tensor([-1, math.prod(shape[:-1])])
     return index.dtype == torch.int32 and bool((torch.cat([bounds[:1], index, bounds[1:]]).diff() > 0).all())
-
-
-def _read_config(folder: Path) -> tuple[PreTrainedConfig, FactoredEntry]:
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        entry = FactoredEntry.model_validate(values.pop(FACTORED))
-    except (OSError, KeyError, AttributeError, ValueError, ValidationError) as error:
-        raise ValueError(
-            f"{folder}: not a factored checkpoint of this version of slimmoe_hf (config.json lacks a good {FACTORED!r}). "
-            "Stock ones load with from_pretrained."
-        ) from error
-    if entry.version != 1:
-        raise ValueError(f"{folder}: a factored checkpoint of version {entry.version}; this slimmoe_hf reads 1.")
-    values.pop(_GUARD_KEY, None)
-    values["architectures"] = [entry.architecture]
-    return transformers.AutoConfig.for_model(**values), entry
-
-
-def _stock_class(entry: FactoredEntry, folder: Path) -> type[PreTrainedModel]:
-    stock = getattr(transformers, entry.architecture, None)
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
-        raise ValueError(f"{folder}: transformers has no model {entry.architecture!r}. Pass its class as stock=.")
-    return stock
-
-
-def _skeleton(config: PreTrainedConfig, stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """The model without weights; buffers, which no checkpoint holds, are there."""
-    with init_empty_weights(include_buffers=False):
-        return stock(config)

@@ -1,16 +1,18 @@
 """M-SMoE (arXiv 2310.01334): experts of a layer that do alike, aligned neuron by neuron, become one, weighted by usage.
 
-What comes out is a plan like any other. It has as many experts in every layer (the form that a stock checkpoint can have),
-and the routers keep the rows of each group's dominant expert: another function than the paper's, whose routers keep all
-rows, so let the router train in recovery.
+What comes out is a plan like any other, with as many experts in every layer, or with as many on average (the paper's).
+Which forms it can take on is in `merged_forms`. A stock checkpoint needs as many in every layer, and its routers keep the
+rows of each group's dominant expert: another function than the paper's, whose routers keep all rows, so let the router train
+in recovery.
 
 Shape letters: L layers with experts, E experts, E' the merged experts, F expert width, D model width, P weights of a neuron.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
@@ -20,14 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend, Merging
-from slimmoe_hf.factored import refuse_factored
+from slimmoe_hf.criteria import choose_anywhere, expert_ranking
+from slimmoe_hf.factored import factorable, refuse_own_form
 from slimmoe_hf.families import ExpertLayout, family_of, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.stats import ExpertStats
-from slimmoe_hf.surgery import check_fits
 
 Reference = Literal["dominant", "first"]
+Counts = Literal["uniform", "adaptive"]
 
 
 def neuron_weights(experts: nn.Module, expert: int, layout: ExpertLayout) -> Tensor:
@@ -60,7 +63,7 @@ def _cosine(vectors_EX: Tensor) -> Tensor:
 
 
 def _by_router_logits(
-    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout
+    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
 ) -> Tensor:
     """Cosine between experts' router logits over the calibration tokens, padding left out (the paper has it in)."""
     if stats.router_gram_LEE is None:
@@ -71,13 +74,15 @@ def _by_router_logits(
 
 
 def _by_router_rows(
-    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout
+    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
 ) -> Tensor:
     """Cosine between the router's rows."""
     return _cosine(dict(router.named_parameters())["weight"].detach()).cpu()
 
 
-def _by_weights(stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout) -> Tensor:
+def _by_weights(
+    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
+) -> Tensor:
     """Cosine between all weights of two experts, each aligned to expert 0."""
     first_FP = neuron_weights(experts, 0, layout)
     aligned = [first_FP.flatten()]
@@ -87,18 +92,30 @@ def _by_weights(stats: ExpertStats, row: int, experts: nn.Module, router: nn.Mod
     return _cosine(torch.stack(aligned)).cpu()
 
 
-def _by_outputs(stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout) -> Tensor:
+def _by_outputs(
+    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
+) -> Tensor:
     """Cosine between the experts' mean outputs over all calibration tokens, routed or not (after HC-SMoE, 2410.08589)."""
     if stats.output_sum_LED is None:
         raise ValueError("similarity 'outputs' needs statistics from collect_stats(expert_outputs=True). Score again.")
     return _cosine(stats.output_sum_LED[row])
 
 
-Similarity = Callable[[ExpertStats, int, nn.Module, nn.Module, ExpertLayout], Tensor]
+def _by_chance(
+    stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
+) -> Tensor:
+    """Uniform noise: groups drawn by lot, the baseline every table must carry."""
+    layers, number = stats.tokens_LE.shape
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(layers, number, number, generator=generator, dtype=torch.float64)[row]
+
+
+Similarity = Callable[[ExpertStats, int, nn.Module, nn.Module, ExpertLayout, int], Tensor]
 SIMILARITIES: dict[str, Similarity] = {
     "router_logits": _by_router_logits, "router_rows": _by_router_rows, "weights": _by_weights, "outputs": _by_outputs,
+    "random": _by_chance,
 }  # fmt: skip
-"""`(stats, row of the layer, its experts, its router, layout) -> [E, E]`, 1 where two experts are alike."""
+"""`(stats, row of the layer, its experts, its router, layout, seed) -> [E, E]`, 1 where two experts are alike."""
 
 
 def by_dominant(similarity_EE: Tensor, usage_E: Tensor, dominant: Sequence[int]) -> Tensor:
@@ -129,11 +146,13 @@ def plan_merge(
     stats: ExpertStats,
     num_experts: int,
     *,
+    counts: Counts = "uniform",
     similarity: str = "router_logits",
     grouping: str = "dominant",
     reference: Reference = "dominant",
+    seed: int = 0,
 ) -> CompressionPlan:
-    """Decide which experts of every layer become one; `apply_plan` and `slim_checkpoint` do it.
+    """Decide which experts of every layer become one; `merged_forms`, or `apply_plan` and `slim_checkpoint`, do it.
 
     Every expert's neurons are put in the order in which they are most like the reference's; then a group's weights are
     averaged, each expert by its share of the routed tokens, or evenly where no token reached any of them.
@@ -141,27 +160,35 @@ def plan_merge(
     Args:
         model: The model that was scored, for its weights.
         stats: From `collect_stats`.
-        num_experts: E', how many stay in every layer.
+        num_experts: E', how many stay in every layer; of adaptive counts the mean over the layers.
+        counts: `uniform`, E' in every layer, which a stock checkpoint can hold; or `adaptive` (M-SMoE): of every layer the
+            most used expert, and then the most used of all layers, by their share of a layer's routed tokens, until there
+            are E' a layer. In Switch the first sparse encoder layer is then left alone, and not counted (paper).
         similarity: A name in `SIMILARITIES`.
         grouping: A name in `GROUPINGS`: `dominant` (M-SMoE) or `clusters` (HC-SMoE).
         reference: What an expert is aligned to: the `dominant` (most used) expert of its group (our choice), or the
             `first` of the layer (the paper's).
+        seed: Of the similarity `random`.
 
     Raises:
         ValueError: As `make_plan`; an unknown name; statistics of another model, or without what the similarity needs.
     """
-    for name, given, known in (("similarity", similarity, SIMILARITIES), ("grouping", grouping, GROUPINGS)):
+    for name, given, known in (
+        ("similarity", similarity, SIMILARITIES), ("grouping", grouping, GROUPINGS), ("counts", counts, get_args(Counts)),
+    ):  # fmt: skip
         if given not in known:
             raise ValueError(f"{name} {given!r} is unknown; use one of {', '.join(known)}.")
-    refuse_factored(model)
+    refuse_own_form(model)
     if stats.meta.fingerprint not in (None, model_fingerprint(model)):
         raise ValueError("the statistics are of other weights than the model's. Score this model.")
-    most_used = make_plan(stats, Target(num_experts=num_experts), "frequency")
-    layout, everyone = family_of(model.config).layout, torch.arange(shape_of(model.config).num_experts)
+    most_used = (_adaptive if counts == "adaptive" else _uniform)(model, stats, num_experts, seed)
+    layout = family_of(model.config).layout
     experts, blends = {}, {}
     for row, (layer, module, router) in enumerate(moe_layers(model)):
-        usage_E, likeness_EE = stats.tokens_LE[row], SIMILARITIES[similarity](stats, row, module, router, layout)
-        dominant = most_used.experts.get(layer, everyone).tolist()
+        if layer not in most_used.experts:
+            continue
+        usage_E, likeness_EE = stats.tokens_LE[row], SIMILARITIES[similarity](stats, row, module, router, layout, seed)
+        dominant = most_used.experts[layer].tolist()
         owner_E = GROUPINGS[grouping](likeness_EE, usage_E, dominant)
         experts[layer], owner_E = _leaders(owner_E, usage_E, dominant)
         blends[layer] = _blend(module, layout, owner_E, usage_E, experts[layer], reference)
@@ -170,9 +197,39 @@ def plan_merge(
         each.model_copy(update=_summary(rows[each.index], experts[each.index])) if each.index in experts else each
         for each in most_used.meta.layers
     ]
-    merging = Merging(similarity=similarity, grouping=grouping, reference=reference)
+    merging = Merging(similarity=similarity, grouping=grouping, reference=reference, counts=counts)
     changes = {"layers": summaries, "merging": merging, "expert_criterion": "frequency"}
     return CompressionPlan(most_used.meta.model_copy(update=changes), {}, {}, experts, blends)
+
+
+def _uniform(model: PreTrainedModel, stats: ExpertStats, num_experts: int, seed: int) -> CompressionPlan:
+    """The most used experts of every layer."""
+    plan = make_plan(stats, Target(num_experts=num_experts), "frequency", seed)
+    everyone = torch.arange(plan.meta.before.num_experts)
+    return dataclasses.replace(plan, experts={layer: plan.experts.get(layer, everyone) for layer in stats.meta.layers})
+
+
+def _adaptive(model: PreTrainedModel, stats: ExpertStats, num_experts: int, seed: int) -> CompressionPlan:
+    """Those of all layers together, but for layers that are left alone."""
+    before = shape_of(model.config)
+    if not 1 <= num_experts <= before.num_experts:
+        raise ValueError(
+            f"num_experts={num_experts} on average is not between 1 and the model's {before.num_experts} experts per layer."
+        )
+    plan = make_plan(stats, Target(num_experts=before.num_experts), "frequency", seed)
+    merged = {id(module) for module in factorable(model).values()}
+    rows = [row for row, (_, module, _) in enumerate(moe_layers(model)) if id(module) in merged]
+    used_LE = stats.tokens_LE[rows] / stats.tokens_LE[rows].sum(-1, keepdim=True).clamp(min=1)
+    known_LE = torch.where(stats.tokens_LE[rows] > 0, used_LE, expert_ranking(stats, "frequency")[rows])
+    kept = choose_anywhere(known_LE, num_experts)
+    changes = {
+        "target": Target(num_experts=num_experts),
+        "after": dataclasses.replace(before, num_experts=num_experts),
+    }
+    layers = [stats.meta.layers[row] for row in rows]
+    return dataclasses.replace(
+        plan, meta=plan.meta.model_copy(update=changes), experts=dict(zip(layers, kept, strict=True))
+    )
 
 
 def _leaders(owner_E: Tensor, usage_E: Tensor, dominant: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -206,33 +263,3 @@ def _blend(
         same = torch.arange(len(own_FP))
         orders.append(same if expert == like else align(neuron_weights(experts, like, layout), own_FP))
     return Blend(owner_E, share_E.float(), torch.stack(orders))
-
-
-@torch.no_grad()
-def duplicate_merged(model: PreTrainedModel, plan: CompressionPlan) -> PreTrainedModel:
-    """Put every merged expert in the place of all its members, in place: the routers stay as they are, and the size too.
-
-    It is what M-SMoE's own models compute, in a form that plain transformers loads.
-
-    Args:
-        model: The model that the plan is for.
-        plan: From `plan_merge`.
-
-    Returns:
-        The same object.
-
-    Raises:
-        ValueError: The plan merges nothing, or is for another model. Nothing was changed.
-    """
-    if not plan.blends:
-        raise ValueError("the plan merges no experts: there is nothing to duplicate. Make one with plan_merge.")
-    check_fits(model, plan)
-    plan.check()
-    layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
-    for layer, module, _router in moe_layers(model):
-        blend, weights = plan.blends[layer], layout.weights(module)
-        for name, axis, order_EF in layout.sides(blend.order, width):
-            merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
-            for weight, owner in zip(weights[name], blend.owner.tolist(), strict=True):
-                weight.copy_(merged[owner])
-    return model

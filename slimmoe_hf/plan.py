@@ -180,7 +180,8 @@ class CompressionPlan:
         meta: Sizes, origin and summary.
         neurons: Absolute layer index -> `[E', F']`, a row per expert that stays, ascending. Empty where no width is cut.
         groups: Absolute layer index -> `[G']`, ascending. Empty where no group is dropped.
-        experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped.
+        experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped. Of an adaptive merging, layers
+            have numbers of their own, E' on average, and those that stay as they are have none.
         blends: Absolute layer index -> what each of those E' becomes an average of. Empty where experts just go.
     """
 
@@ -206,6 +207,20 @@ class CompressionPlan:
             for kind, tensor in blend.tensors().items():
                 digest.update(f"{kind}.{layer}".encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether experts are merged into a number of its own in every layer."""
+        return self.meta.merging is not None and self.meta.merging.counts == "adaptive"
+
+    def refuse_adaptive(self) -> None:
+        """Raise ValueError if the plan leaves every layer a number of experts of its own: no stock model has that."""
+        if self.adaptive:
+            sizes = sorted(map(len, self.experts.values()))
+            raise ValueError(
+                f"the plan leaves {sizes[0]} to {sizes[-1]} experts a layer, and a stock model has one number for all. Use "
+                "share_merged or duplicate_merged of slimmoe_hf.merged_forms, or merge with counts='uniform'."
+            )
 
     def with_request(self, request: dict[str, Any] | None) -> CompressionPlan:
         """The same decision, with what was asked for."""
@@ -297,21 +312,24 @@ class CompressionPlan:
     def check(self) -> None:
         """Raise ValueError unless every index fits the plan's own sizes, is unique and ascending."""
         before, after = self._shapes()
+        each = {layer: len(kept) if self.adaptive else after.num_experts for layer, kept in self.experts.items()}
         rules = {
             "neurons": ((after.num_experts, after.expert_width), before.expert_width),
             "groups": ((after.kv_groups,), before.kv_groups),
-            "experts": ((after.num_experts,), before.num_experts),
+            "experts": ((), before.num_experts),
         }
         for kind, size in (("neurons", "expert_width"), ("groups", "kv_groups"), ("experts", "num_experts")):
             if vars(after)[size] != vars(before)[size] and not self.kept[kind]:
                 raise ValueError(f"the plan drops {kind} and does not say which. Make it again.")
-        for layer, blend in self.blends.items():
-            blend.check(before.num_experts, after.num_experts, before.expert_width, f"plan merging of layer {layer}")
         if self.blends and (self.neurons or self.groups or self.blends.keys() != self.experts.keys()):
             raise ValueError("the plan merges experts and cuts something else too. Make a plan for each.")
+        if sum(each.values()) != after.num_experts * len(each):
+            raise ValueError(f"the plan does not leave {after.num_experts} experts a layer on average. Make it again.")
+        for layer, blend in self.blends.items():
+            blend.check(before.num_experts, each[layer], before.expert_width, f"plan merging of layer {layer}")
         for kind, kept in self.kept.items():
-            shape, bound = rules[kind]
             for layer, index in kept.items():
+                shape, bound = rules[kind][0] or (each[layer],), rules[kind][1]
                 ascending = bool((index.diff(dim=-1) > 0).all())
                 inside = bool((index >= 0).all() and (index < bound).all())
                 if tuple(index.shape) != shape or not ascending or not inside or not 0 <= layer < before.layers:

@@ -5,14 +5,15 @@ Shape letters: E experts, F expert width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.blends import Blend
-from slimmoe_hf.factored import refuse_factored
+from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import ExpertLayout, family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
@@ -39,11 +40,12 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     plan.check()
     for view in layer_views(model):
         if view.index in plan.experts and view.experts is not None and view.router is not None:
+            kept, layout = plan.experts[view.index], family_of(model.config).layout
             if view.index in plan.blends:
-                _merge_experts(view.experts, plan.blends[view.index], plan.experts[view.index], model)
-            else:
-                _drop_experts(view.experts, plan.experts[view.index], family_of(model.config).layout)
-            _drop_rows(view.router, plan.experts[view.index])
+                merge_experts(view.experts, plan.blends[view.index], kept.tolist(), model.config)
+            if view.index not in plan.blends or layout.unit is not None:
+                _drop_experts(view.experts, kept, layout)
+            _drop_rows(view.router, kept)
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
@@ -54,7 +56,8 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
 
 def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError unless the plan starts from this model's family and sizes."""
-    refuse_factored(model)
+    refuse_own_form(model)
+    plan.refuse_adaptive()
     plan.check_fits(model.config)
     have = {view.index for view in layer_views(model) if view.experts is not None}
     if missing := (set(plan.neurons) | set(plan.experts)) - have:
@@ -106,23 +109,28 @@ def _set_sizes(model: PreTrainedModel, plan: CompressionPlan) -> None:
                 setattr(module, name, value)
 
 
-def _merge_experts(experts: Any, blend: Blend, leaders: Tensor, model: PreTrainedModel) -> None:
-    """Average the experts into fewer, one at a time; in a list of units each group's average goes where its leader was."""
-    layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
+def merge_experts(experts: Any, blend: Blend, places: Sequence[int], config: PreTrainedConfig) -> None:
+    """Average the experts of a layer into fewer, one at a time, in place.
+
+    Args:
+        experts: All of them; fused ones are E' afterwards, of a list of units none is taken out.
+        blend: What becomes of what.
+        places: `[E']`, where in a list of units each average goes.
+        config: Of the model.
+    """
+    layout, width = family_of(config).layout, shape_of(config).expert_width
     weights = layout.weights(experts)
     for name, axis, order_EF in layout.sides(blend.order, width):
         if layout.unit is not None:
             merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
-            for leader, weight in zip(leaders.tolist(), merged, strict=True):
-                weights[name][leader].data = weight
+            for place, weight in zip(places, merged, strict=True):
+                weights[name][place].data = weight
             continue
         old = getattr(experts, name)
         new = torch.empty(blend.number, *old.shape[1:], dtype=old.dtype, device=old.device)
         for number, weight in enumerate(blend.each(old, order_EF, axis)):
             new[number] = weight
         setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    if layout.unit is not None:
-        _drop_experts(experts, leaders, layout)
 
 
 def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> None:

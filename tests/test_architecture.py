@@ -10,13 +10,14 @@ import slimmoe_hf
 PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
-    "identity", "serving", "routing", "peak", "lora", "throughput",
+    "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
-    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
+    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming", "shared_experts", "own_form",
+    "shared_checkpoint", "merged_forms",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",

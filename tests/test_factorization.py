@@ -35,7 +35,8 @@ from slimmoe_hf.factorization import (
     stable_rank_table,
     stable_ranks,
 )
-from slimmoe_hf.merging import duplicate_merged, plan_merge
+from slimmoe_hf.merged_forms import duplicate_merged
+from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.shards import read_header
 from slimmoe_hf.sparsity import STATE, SparsityCallback, SparsitySchedule
 
