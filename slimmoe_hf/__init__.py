@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slimmoe_hf.auto_classes import watch
+
 if TYPE_CHECKING:
     from slimmoe_hf.arguments import DistillationConfig, Seq2SeqDistillationConfig
     from slimmoe_hf.calibration import collect_stats
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from slimmoe_hf.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
+
+watch()
 
 # Where each public name lives: imported when first used, so that `slimmoe --help` does not wait for torch.
 _HOMES = {

@@ -154,11 +154,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def read_config(folder: Path, key: str, what: str) -> tuple[PreTrainedConfig, FormEntry]:
+def read_config(
+    folder: Path, key: str, what: str, changes: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedConfig, FormEntry]:
     """A checkpoint's config, of the stock family, and its entry.
 
     Args:
         folder: Where it is. key: Of the entry. what: The form, in an error.
+        changes: Keys that are to be other than saved.
 
     Raises:
         ValueError: It is no such checkpoint, or of another version.
@@ -178,7 +181,7 @@ def read_config(folder: Path, key: str, what: str) -> tuple[PreTrainedConfig, Fo
     values.pop(_GUARD_KEY, None)
     values["architectures"] = [entry.architecture]
     values["model_type"] = entry.family or values["model_type"]
-    return transformers.AutoConfig.for_model(**values), entry
+    return transformers.AutoConfig.for_model(**{**values, **(changes or {})}), entry
 
 
 def skeleton(

@@ -69,6 +69,7 @@ def load_shared(
     *,
     dtype: str | torch.dtype | None = None,
     stock: type[PreTrainedModel] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load what `save_shared` or a Trainer of a model with shared experts wrote: the same weights, bit for bit, in eval mode.
 
@@ -76,12 +77,13 @@ def load_shared(
         folder: Where it is.
         dtype: Of the weights; None leaves each as it was saved.
         stock: The class that it is one of, where transformers does not have it.
+        changes: Keys of the config that are to be other than saved.
 
     Raises:
         ValueError: It is no such checkpoint, is of another version, or does not hold exactly this model's weights.
     """
     folder = Path(folder)
-    config, entry = read_config(folder, SHARED, "shared")
+    config, entry = read_config(folder, SHARED, "shared", changes)
     model = skeleton(config, entry, stock, folder)
     fill(model, entry, read_tensors(folder, dtype), folder)
     model.__class__ = shared_class(stock_of(type(model)))

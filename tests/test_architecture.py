@@ -10,14 +10,15 @@ import slimmoe_hf
 PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
     "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
-    "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config",
+    "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config", "shared_experts", "own_form",
+    "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
-    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming", "shared_experts", "own_form",
-    "shared_checkpoint", "merged_forms",
+    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
+    "merged_forms",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
@@ -27,7 +28,7 @@ JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
-    "hub", "run_card", "harness", "student_training", "merge_command", "scoring",
+    "hub", "run_card", "harness", "student_training", "merge_command", "scoring", "auto_classes",
     "plots",
 }  # fmt: skip
 
