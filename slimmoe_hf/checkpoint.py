@@ -56,6 +56,7 @@ def slim_checkpoint(
     overwrite: bool = False,
     delete_source_shards: bool = False,
     other_weights: bool = False,
+    duplicate: bool = False,
 ) -> Path:
     """Cut a checkpoint to a plan without loading it, and write one that plain transformers and serving engines load.
 
@@ -72,6 +73,7 @@ def slim_checkpoint(
         overwrite: Replace what is at `destination`.
         delete_source_shards: Of a Hub id, keep no downloaded shard longer than it is needed.
         other_weights: Cut a model that the plan was not made for, if it has the same sizes (a fine-tuned sibling).
+        duplicate: Put merged experts in the place of all their members, as `merged_forms.duplicate_merged` does.
 
     Returns:
         `destination`.
@@ -90,7 +92,7 @@ def slim_checkpoint(
         raise ValueError(f"{destination}: is the model itself, or holds it. Give another place to write to.")
     config = load_config(opened.folder)
     plan.check()
-    plan.refuse_adaptive()
+    plan.refuse_unmerged() if duplicate else plan.refuse_adaptive()
     plan.check_fits(config)
     stored = opened.stored()
     parts = locate(config, stored, opened.name)
@@ -99,8 +101,8 @@ def slim_checkpoint(
     if isinstance(opened, LocalSource) and not other_weights:
         samples = {name: sample(config, opened.folder, parts[name]) for name in sampled(config) & parts.keys()}
         _check_fingerprint(plan, samples)
-    values = slimmed_config(opened.folder, config, plan, dtype, any(part.scale for part in parts.values()))
-    cuts = list_cuts(config, parts, plan, values, dtype)
+    values = slimmed_config(opened.folder, config, plan, dtype, any(part.scale for part in parts.values()), duplicate)
+    cuts = list_cuts(config, parts, plan, values, dtype, duplicate)
     partial.mkdir(parents=True, exist_ok=True)
     lock = FileLock(partial / _LOCK)
     try:

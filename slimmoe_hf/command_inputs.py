@@ -56,7 +56,7 @@ def output_path(args: argparse.Namespace, file: bool = False) -> Path:
 
 
 def open_checkpoint(
-    model: str, revision: str | None, finite: bool = True, encoder_decoder: bool = False
+    model: str, revision: str | None, finite: bool = True, encoder_decoder: bool = False, shared: bool = False
 ) -> tuple[Path, PreTrainedTokenizerBase]:
     """A checkpoint that has been looked through, and its tokenizer.
 
@@ -65,17 +65,19 @@ def open_checkpoint(
         revision: A commit of the Hub id.
         finite: Look at its values too.
         encoder_decoder: Whether what is asked can be done with one.
+        shared: Whether it can be done with experts that are merged and shared.
 
     Raises:
         ValueError: It cannot, or the checkpoint is damaged or of an unknown family.
     """
     path = find_checkpoint(model, revision)
-    family_of(load_config(path))
+    config = load_config(path, shared)
+    family_of(config)
     if not encoder_decoder:
-        refuse_encoder_decoder(load_config(path), "this")
-    verify_checkpoint(path, finite)
+        refuse_encoder_decoder(config, "this")
+    verify_checkpoint(path, finite, shared)
     tokenizer = load_tokenizer(path)
-    check_vocabulary(load_config(path), tokenizer, path)
+    check_vocabulary(config, tokenizer, path)
     return path, tokenizer
 
 

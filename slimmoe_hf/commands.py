@@ -171,8 +171,8 @@ def distill(args: argparse.Namespace) -> None:
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     given = args.training | ({"teacher_logits_path": args.teacher_cache} if args.teacher_cache is not None else {})
     arguments = training_arguments(given, checkpoints, args.max_length, args.seed, "training arguments")
-    student, tokenizer = open_checkpoint(args.model, args.revision)
-    config, teacher = load_config(student), None
+    student, tokenizer = open_checkpoint(args.model, args.revision, shared=True)
+    config, teacher = load_config(student, shared=True), None
     if args.teacher is not None:
         teacher = find_checkpoint(args.teacher, args.teacher_revision)
         check_teacher(teacher, config, tokenizer)

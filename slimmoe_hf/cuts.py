@@ -65,11 +65,20 @@ class Cut:
 
 
 def slimmed_config(
-    folder: Path, config: PreTrainedConfig, plan: CompressionPlan, dtype: str | torch.dtype | None, dequantised: bool
-) -> dict[str, Any]:
-    """The new `config.json`: the original's own, with the plan's sizes and in the form that engines expect."""
+    folder: Path, config: PreTrainedConfig, plan: CompressionPlan, dtype: str | torch.dtype | None, dequantised: bool,
+    duplicate: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The new `config.json`: the original's own, with the plan's sizes and in the form that engines expect.
+
+    Args:
+        folder: Of the original. config: Its own.
+        plan: It fits the config.
+        dtype: Of the new weights; None keeps their own. dequantised: They were FP8.
+        duplicate: As in `list_cuts`: the sizes stay.
+    """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    values |= shape_values(config, plan.meta.after)
+    if not duplicate:
+        values |= shape_values(config, plan.meta.after)
     if dtype is not None or dequantised:
         values["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
         values.pop("torch_dtype", None)
@@ -82,6 +91,7 @@ def list_cuts(
     plan: CompressionPlan,
     values: Mapping[str, Any],
     dtype: str | torch.dtype | None,
+    duplicate: bool = False,
 ) -> list[Cut]:
     """Every weight of the slimmed checkpoint, in the order in which the originals lie on disk.
 
@@ -90,17 +100,19 @@ def list_cuts(
         plan: It fits the config.
         values: The new config.
         dtype: Of the new weights; None keeps their own.
+        duplicate: Put every merged expert in the place of all its members, and leave the routers as they are.
 
     Raises:
         ValueError: The plan cuts experts in a layer that has none, or drops some in one layer and none in another.
     """
     wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(dict(values))))
-    selections, renumbered = _selections(config, parts, plan), _renumbered(config, plan)
+    selections = {} if duplicate else _selections(config, parts, plan)
+    renumbered = {} if duplicate else _renumbered(config, plan)
     if stray := selections.keys() - parts.keys():
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cuts = []
-    merged = _merged(config, parts, plan)
+    merged = _merged(config, parts, plan, duplicate)
     for name, part in parts.items():
         new = renumbered.get(name, name)
         if new is None:
@@ -171,13 +183,14 @@ def _renumbered(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, st
 
 
 def _merged(
-    config: PreTrainedConfig, parts: Mapping[str, Part], plan: CompressionPlan
+    config: PreTrainedConfig, parts: Mapping[str, Part], plan: CompressionPlan, duplicate: bool
 ) -> dict[str, tuple[int, None, tuple[tuple[Part, float, Tensor], ...]]]:
     """Published name of a weight of an expert that others are merged into -> neuron axis, and what it is the sum of."""
     family, found = family_of(config), {}
     paths = family.paths(config)
     for layer, blend in plan.blends.items():
-        for number, expert in enumerate(_experts(plan, layer)):
+        merged = {expert: number for number, expert in enumerate(_experts(plan, layer))}
+        for expert, number in (dict(enumerate(blend.owner.tolist())) if duplicate else merged).items():
             for name, axis in family.disk.projections:
                 place = f"{paths[layer].feed_forward}.{name}"
                 members = blend.members(number)

@@ -8,7 +8,14 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from slimmoe_hf.plan import CompressionPlan, alignment_note
+from slimmoe_hf.plan import ALIGNMENT, CompressionPlan
+
+KERNELS = {
+    32: "MXFP4, legacy GGUF and ONNX int4 blocks",
+    64: "most kernels, and Microsoft's own 448 and 960",
+    128: "FP8 blocks, GPTQ/AWQ/Marlin groups (times the tensor-parallel ranks)",
+    256: "GGUF K-quants",
+}
 
 
 def describe_plan(plan: CompressionPlan) -> str:
@@ -147,3 +154,11 @@ def size_rows(plan: CompressionPlan, experts: bool = False) -> dict[str, str]:
 
 def _arrow(before: int, after: int) -> str:
     return f"{before:,} → {after:,}" if before != after else f"{before:,} (as they are)"
+
+
+def alignment_note(width: int) -> str:
+    """Which kernels and quantised formats a width opens, in one line."""
+    opens = [step for step in KERNELS if width % step == 0]
+    closed = [f"{step} ({why})" for step, why in KERNELS.items() if width % step]
+    note = f"width {width} is a multiple of {', '.join(map(str, [ALIGNMENT, *opens]))}"
+    return f"{note}; not of {'; '.join(closed)}" if closed else note

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from slimmoe_hf.families import family_of, layer_views
 from slimmoe_hf.shards import DTYPES, Buffer, Stored, read_tensor
+from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
 
 _SCALE = "_scale_inv"
 _DEQUANTISED = ("fp8",)
@@ -49,15 +50,17 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with no weights, on the meta device."""
+    """The model of a config with no weights, on the meta device; its experts shared where the config says so."""
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config)
-            return model
     except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"config.json: no {config.model_type} model can be built from it ({type(error).__name__}: {error})."
         ) from error
+    if is_shared(config):
+        keep_space(model, config.to_dict()[GROUPS])
+    return model
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

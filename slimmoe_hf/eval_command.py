@@ -86,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _subject(args: argparse.Namespace) -> _Subject:
     """The checkpoint, the run it belongs to, and the teacher: the one that is given, else the run's, if it is here."""
     run = _finished_run(Path(args.model).expanduser())
-    path, tokenizer = open_checkpoint(str(run / MODEL) if run is not None else args.model, args.revision)
+    path, tokenizer = open_checkpoint(str(run / MODEL) if run is not None else args.model, args.revision, shared=True)
     teacher = find_checkpoint(args.teacher, args.teacher_revision) if args.teacher is not None else None
     original = False
     if run is not None:
@@ -97,7 +97,7 @@ def _subject(args: argparse.Namespace) -> _Subject:
             teacher = _teacher_of(run, models[0].path)
         original = teacher is not None and weights_sha256(teacher) == models[0].weights_sha256
     if teacher is not None:
-        check_teacher(teacher, load_config(path), tokenizer)
+        check_teacher(teacher, load_config(path, shared=True), tokenizer)
     return _Subject(path, teacher, run, original)
 
 
@@ -126,12 +126,12 @@ def _finished_run(folder: Path) -> Path | None:
 
 def _dtype(path: Path) -> str:
     """float32 on a CPU, which is slow in less; elsewhere what the checkpoint is stored in."""
-    return "float32" if device().type == "cpu" else dtype_name(load_config(path))
+    return "float32" if device().type == "cpu" else dtype_name(load_config(path, shared=True))
 
 
 def _measured(args: argparse.Namespace, subject: _Subject) -> tuple[Measurement, dict[str, Any]]:
     """The measurement on text, and what text that was."""
-    documents, (_, tokenizer) = read_documents(args), open_checkpoint(str(subject.path), None)
+    documents, (_, tokenizer) = read_documents(args), open_checkpoint(str(subject.path), None, shared=True)
     data = held_out(documents, tokenizer, args.max_length, args.tokens)
     teacher = None
     if args.teacher is not None and subject.teacher is not None:

@@ -31,6 +31,7 @@ from slimmoe_hf.data import document_text, take_tokens, tokenize, tokenize_docum
 from slimmoe_hf.families import DECODERS, moe_layers, refuse_encoder_decoder, shape_of
 from slimmoe_hf.loading import load_config, load_model, weight_bytes, weights_sha256
 from slimmoe_hf.routing import RouterLoad, load_shares
+from slimmoe_hf.shared_experts import experts_held
 from slimmoe_hf.throughput import measure_speed, synchronise
 
 PROMPT, NEW_TOKENS = 256, 32
@@ -200,12 +201,14 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """`(total, active)` parameters; a model on the meta device will do.
 
     Active are all but the experts that a token's router leaves out: both embeddings, attention, routers and K of the
-    E experts of each layer. Tied embeddings are one tensor and count once.
+    E experts of each layer (of shared ones, no more than are held). Tied embeddings are one tensor and count once.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    shape = shape_of(model.config)
-    experts = sum(parameter.numel() for _, module, _ in moe_layers(model) for parameter in module.parameters())
-    return total, total - experts * (shape.num_experts - shape.top_k) // shape.num_experts
+    idle, top_k = 0, shape_of(model.config).top_k
+    for layer, module, _ in moe_layers(model):
+        held = experts_held(model.config, layer)
+        idle += sum(parameter.numel() for parameter in module.parameters()) * max(held - top_k, 0) // held
+    return total, total - idle
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from slimmoe_hf.factored import (
 from slimmoe_hf.loading import FACTORED
 from slimmoe_hf.own_form import OwnForm, distinct, fill, read_config, read_tensors, skeleton, write_form
 from slimmoe_hf.shared_checkpoint import shared_class
-from slimmoe_hf.shared_experts import GROUPS
+from slimmoe_hf.shared_experts import is_shared
 
 _GUARD = "the experts here are factored; load them with slimmoe_hf.factored_checkpoint.load_factored(folder)"
 
@@ -114,7 +114,7 @@ def load_factored(
     except KeyError as error:
         raise ValueError(f"{folder}: does not hold the weights of this model: no {error.args[0]}.") from error
     fill(model, entry, tensors, folder)
-    if GROUPS in config.to_dict():
+    if is_shared(config):
         model.__class__ = shared_class(type(model))
     model.__class__ = factored_class(type(model))
     return model

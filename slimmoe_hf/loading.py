@@ -19,7 +19,11 @@ from transformers.utils import logging
 
 from slimmoe_hf.disk import auto_class, locate
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.own_form import read_config
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
+from slimmoe_hf.shared_checkpoint import load_shared
+from slimmoe_hf.shared_config import SHARED
+from slimmoe_hf.shared_experts import is_shared
 
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 FACTORED = "slimmoe_factored"
@@ -54,19 +58,20 @@ def find_checkpoint(model: str, revision: str | None = None, weights: bool = Tru
         raise ValueError(f"{model}: no such folder here, and the Hub did not give it: {reason}") from error
 
 
-def verify_checkpoint(path: Path, finite: bool = True) -> None:
+def verify_checkpoint(path: Path, finite: bool = True, shared: bool = False) -> None:
     """Check every file of a checkpoint that a load would trust, one tensor at a time, and that no weight is missing.
 
     Args:
         path: Its folder.
         finite: Also read every tensor and refuse NaN and infinity.
+        shared: As in `load_config`.
 
     Raises:
         ValueError: One line that names the file or tensor and what is wrong with it.
     """
-    config = load_config(path)
+    config = load_config(path, shared)
     stored = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
-    if config.model_type in FAMILIES:
+    if config.model_type in FAMILIES and not is_shared(config):
         locate(config, stored, str(path))
     else:
         load_model(path)  # raises where a weight is missing
@@ -76,11 +81,15 @@ def verify_checkpoint(path: Path, finite: bool = True) -> None:
     load_tokenizer(path)
 
 
-def load_config(path: Path) -> PreTrainedConfig:
+def load_config(path: Path, shared: bool = False) -> PreTrainedConfig:
     """A checkpoint's config.
 
+    Args:
+        path: Its folder.
+        shared: Its experts may be merged and shared; its `expert_groups` say how, and it is of the stock family.
+
     Raises:
-        ValueError: It is missing, not JSON, not a config that transformers knows, or of a model with factored experts.
+        ValueError: It is missing, not JSON, not a config that transformers knows, or of a form that is not taken.
     """
     file = path / "config.json"
     values = _read_json(file)
@@ -88,10 +97,17 @@ def load_config(path: Path) -> PreTrainedConfig:
         raise ValueError(f"{file}: not a model's config: expected a JSON object.")
     if FACTORED in values:
         raise ValueError(
-            f"{path}: its experts are factored, and this takes stock checkpoints. Make one of it with "
-            "densify(load_factored(folder)).save_pretrained(other_folder), from slimmoe_hf."
+            f"{path}: its experts are factored, and this takes stock checkpoints. Make one of it with: slimmoe export {path} "
+            "--form dense --output OUT"
+        )
+    if SHARED in values and not shared:
+        raise ValueError(
+            f"{path}: its experts are merged and shared, and this takes stock checkpoints. Make one of it with: slimmoe "
+            f"export {path} --form duplicate --output OUT"
         )
     try:
+        if SHARED in values:
+            return read_config(path, SHARED, "shared")[0]
         return AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())[:200]}") from error
@@ -136,11 +152,15 @@ def load_model(
     Raises:
         ValueError: A weight is missing (transformers would invent it), left over, or of another shape.
     """
+    config = load_config(path, shared=True)
+    if is_shared(config):
+        shared: Any = load_shared(path, dtype=dtype)
+        return shared.to(device)  # type: ignore[no-any-return]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     spread = {} if whole else _spread(path, dtype, torch.device(device), room)
     try:
-        loaded: Any = auto_class(load_config(path)).from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **spread
         )
     except (RuntimeError, OSError) as error:

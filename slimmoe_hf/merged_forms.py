@@ -106,8 +106,7 @@ def unshare(model: M) -> M:
 
 def _check_merges(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError unless the plan merges experts that this model has."""
-    if not plan.blends:
-        raise ValueError("the plan merges no experts: there is nothing to share. Make one with plan_merge.")
+    plan.refuse_unmerged()
     refuse_factored(model)
     if isinstance(model, SharedModel):
         raise ValueError("the experts of this model are shared already. unshare(model) undoes it.")

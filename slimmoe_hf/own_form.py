@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.shards import SINGLE
-from slimmoe_hf.shared_experts import GROUPS, keep_space
+from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
 
 _GUARD_KEY = "transformers_weights"
 
@@ -202,8 +202,8 @@ def skeleton(
         raise ValueError(f"{folder}: transformers has no model {entry.architecture!r}. Pass its class as stock=.")
     with init_empty_weights(include_buffers=False):
         model = found(config)
-    if groups := config.to_dict().get(GROUPS):
-        keep_space(model, groups)
+    if is_shared(config):
+        keep_space(model, config.to_dict()[GROUPS])
     return model
 
 

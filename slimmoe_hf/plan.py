@@ -31,12 +31,6 @@ from slimmoe_hf.stats import ExpertStats
 VERSION = 1
 ALIGNMENT = 8
 """Grouped matrix products need rows of 16 bytes: 8 values in bfloat16."""
-KERNELS = {
-    32: "MXFP4, legacy GGUF and ONNX int4 blocks",
-    64: "most kernels, and Microsoft's own 448 and 960",
-    128: "FP8 blocks, GPTQ/AWQ/Marlin groups (times the tensor-parallel ranks)",
-    256: "GGUF K-quants",
-}
 
 
 class Target(BaseModel):
@@ -212,6 +206,11 @@ class CompressionPlan:
     def adaptive(self) -> bool:
         """Whether experts are merged into a number of its own in every layer."""
         return self.meta.merging is not None and self.meta.merging.counts == "adaptive"
+
+    def refuse_unmerged(self) -> None:
+        """Raise ValueError if the plan merges nothing."""
+        if not self.blends:
+            raise ValueError("the plan merges no experts: there is nothing to share. Make one with plan_merge.")
 
     def refuse_adaptive(self) -> None:
         """Raise ValueError if the plan leaves every layer a number of experts of its own: no stock model has that."""
@@ -389,11 +388,3 @@ def make_plan(
         layers=summaries,
     )  # fmt: skip
     return CompressionPlan(meta, neurons.kept, groups.kept, experts.kept)
-
-
-def alignment_note(width: int) -> str:
-    """Which kernels and quantised formats a width opens, in one line."""
-    opens = [step for step in KERNELS if width % step == 0]
-    closed = [f"{step} ({why})" for step, why in KERNELS.items() if width % step]
-    note = f"width {width} is a multiple of {', '.join(map(str, [ALIGNMENT, *opens]))}"
-    return f"{note}; not of {'; '.join(closed)}" if closed else note

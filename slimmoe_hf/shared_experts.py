@@ -14,12 +14,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import ExpertLayout, family_of, moe_layers
+from slimmoe_hf.families import ExpertLayout, family_of, moe_layers, shape_of
 
 GROUPS = "expert_groups"
 """The key of a config that says which expert each row of a layer's router points to: `{layer: [E]}`."""
+
+
+def is_shared(config: PreTrainedConfig) -> bool:
+    """Whether rows of a model's routers share experts."""
+    return GROUPS in config.to_dict()
+
+
+def experts_held(config: PreTrainedConfig, layer: int) -> int:
+    """E' of a layer; E where its experts are not shared."""
+    groups = config.to_dict().get(GROUPS, {})
+    owner = groups.get(layer, groups.get(str(layer)))  # as JSON has them
+    return shape_of(config).num_experts if owner is None else max(owner) + 1
 
 
 class SharedExperts(nn.Module):
@@ -91,7 +103,7 @@ def _own(data: Tensor, parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def keep_space(model: PreTrainedModel, groups: Mapping[int, Sequence[int]]) -> None:
+def keep_space(model: PreTrainedModel, groups: Mapping[Any, Sequence[int]]) -> None:
     """Turn a model without weights into one that holds an expert per group, in place.
 
     Args:
@@ -103,7 +115,7 @@ def keep_space(model: PreTrainedModel, groups: Mapping[int, Sequence[int]]) -> N
     """
     layers = {layer: experts for layer, experts, _ in moe_layers(model)}
     layout = family_of(model.config).layout
-    for layer, owner in groups.items():
+    for layer, owner in ((int(layer), list(owner)) for layer, owner in groups.items()):
         number = layers[layer].num_experts if layer in layers else None
         if len(owner) != number or sorted(set(owner)) != list(range(max(owner) + 1)):
             raise ValueError(

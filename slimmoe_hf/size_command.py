@@ -16,6 +16,7 @@ from slimmoe_hf.command_inputs import target_of
 from slimmoe_hf.families import DECODERS
 from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
 from slimmoe_hf.plan import Target
+from slimmoe_hf.shared_experts import is_shared
 from slimmoe_hf.sizing import (
     DTYPES,
     GIB,
@@ -75,6 +76,8 @@ def describe(config: PreTrainedConfig, args: argparse.Namespace, gpus: list[Gpu]
     answer: dict[str, Any] = {"model_type": config.model_type, **_sizes(config)}
     sizes = target_of(args)
     target = sizes if args.target is None and sizes != Target() else None
+    if is_shared(config) and (target is not None or args.target is not None):
+        raise ValueError("the experts of this model are merged and shared: it cannot be cut further. Size it as it is.")
     if args.target is not None:
         if args.expert_width is not None:
             raise ValueError("--target finds the expert width itself. Give --target or --expert-width, not both.")

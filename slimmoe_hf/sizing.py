@@ -17,11 +17,12 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig
 
+from slimmoe_hf.describe import alignment_note
 from slimmoe_hf.evaluation import count_parameters
 from slimmoe_hf.families import FAMILIES, family_of, moe_layers, set_shape, shape_of
 from slimmoe_hf.loading import load_config
 from slimmoe_hf.memory import meta_model
-from slimmoe_hf.plan import Target, alignment_note, validate_target
+from slimmoe_hf.plan import Target, validate_target
 
 STEP = 64
 """Suggested widths are multiples of this: what most kernels ask for."""
@@ -99,11 +100,11 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     if path.is_file() and path.name != "config.json":
         raise ValueError(f"{model}: not named config.json. {remedy}")
     if path.exists():
-        return load_config(path if path.is_dir() else path.parent)
+        return load_config(path if path.is_dir() else path.parent, shared=True)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".json"):
         raise ValueError(f"{model}: no such folder or file. {remedy}")
     try:
-        return load_config(Path(hf_hub_download(model, "config.json", revision=revision)).parent)
+        return load_config(Path(hf_hub_download(model, "config.json", revision=revision)).parent, shared=True)
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model}: no such folder here, and the Hub gave no config.json: {reason}") from error

@@ -254,7 +254,7 @@ def test_commands_say_what_to_do_with_a_packed_folder(tmp_path, capsys):
     factor_experts(tiny_model("olmoe"), RANK).save_pretrained(tmp_path)
     assert main(["size", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error:") and "densify(load_factored(folder))" in error
+    assert error.startswith("error:") and f"slimmoe export {tmp_path} --form dense --output OUT" in error
     assert "\n" not in error
 
 

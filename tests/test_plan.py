@@ -9,9 +9,9 @@ from tiny import EXPERT_WIDTH, NUM_EXPERTS, families, tiny_model
 from torch.testing import assert_close
 
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
-from slimmoe_hf.describe import compare_plans, describe_plan
+from slimmoe_hf.describe import alignment_note, compare_plans, describe_plan
 from slimmoe_hf.families import layer_views, moe_layers, shape_of
-from slimmoe_hf.plan import CompressionPlan, Target, alignment_note, make_plan, validate_target
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.stats import ExpertStats, StatsMeta
 
 
