@@ -188,7 +188,9 @@ def count(number: int) -> str:
     return str(number)
 
 
-def loading_code(repo: str | None, prompt: str, branch: str | None = None, loader: str = "AutoModelForCausalLM") -> str:
+def loading_code(
+    repo: str | None, prompt: str, branch: str | None = None, loader: str = "AutoModelForCausalLM", shared: bool = False
+) -> str:
     """How to load the model and have it write, as a Markdown block.
 
     Args:
@@ -196,10 +198,16 @@ def loading_code(repo: str | None, prompt: str, branch: str | None = None, loade
         prompt: What it is to continue.
         branch: Where it is published, if not on main.
         loader: The class of transformers that loads it.
+        shared: Its experts are shared, which needs this package.
     """
     at = _revision(branch)
+    ours = (
+        "import slimmoe_hf  # its experts are merged and shared, which transformers alone does not load\n"
+        if shared
+        else ""
+    )
     return f"""```python
-from transformers import {loader}, AutoTokenizer
+{ours}from transformers import {loader}, AutoTokenizer
 
 name = "{repo or PLACE}"
 tokenizer = AutoTokenizer.from_pretrained(name{at})
@@ -309,6 +317,8 @@ def plan_text(folder: Path) -> str:
         cut = cut_in_words(Shape(**before), Shape(**after))
         merging, of_experts = plan.get("merging"), plan.get("expert_criterion")  # which older plans lack
         if merging is not None:
+            if merging.get("counts") == "adaptive":
+                cut += " on average, the most used ones"
             how = f"by `{merging['similarity']}` into groups by `{merging['grouping']}`, averaged by how much each is used"
             return f"Its experts were merged: {cut}, {how}; `{folder.name}/` says which."
     except (OSError, ValueError, KeyError, TypeError):

@@ -299,10 +299,7 @@ class _Run:
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Everything beside the weights; then read back and verify all of it."""
-        for pattern in _CARRIED:
-            for file in self.source.folder.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, self.folder / file.name)
+        carry(self.source.folder, self.folder)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
         if len(self.shards) > 1:
@@ -325,6 +322,14 @@ class _Run:
                 raise ValueError(f"{file}: does not read back as it was written. The same command writes it again.")
             found |= {tensor.name: tensor.shape for tensor in read_header(file).values()}
         assert found == wanted, "what was written is not what the new config asks for"
+
+
+def carry(source: Path, destination: Path) -> None:
+    """Copy what lies beside a checkpoint's weights and stays true of a smaller one: tokenizer, licence and their like."""
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, destination / file.name)
 
 
 def _request(

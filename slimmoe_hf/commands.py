@@ -23,6 +23,7 @@ import slimmoe_hf
 from slimmoe_hf import (
     cache_command,
     eval_command,
+    export_command,
     finetune_command,
     merge_command,
     plot_command,
@@ -220,5 +221,5 @@ def run(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "env": env, "size": size_command.size, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run,
     "eval": eval_command.evaluate, "plot": plot_command.plot, "finetune": finetune_command.finetune, "push": push_command.push,
-    "cache": cache_command.cache, "merge": merge_command.merge,
+    "cache": cache_command.cache, "merge": merge_command.merge, "export": export_command.export,
 }  # fmt: skip

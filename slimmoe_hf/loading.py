@@ -81,6 +81,14 @@ def verify_checkpoint(path: Path, finite: bool = True, shared: bool = False) -> 
     load_tokenizer(path)
 
 
+def form_of(path: Path) -> str | None:
+    """Which form of our own a checkpoint has, by its key in `config.json`: `FACTORED` or `SHARED`; None for a stock one."""
+    values = _read_json(path / "config.json")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path / 'config.json'}: not a model's config: expected a JSON object.")
+    return next((key for key in (FACTORED, SHARED) if key in values), None)
+
+
 def load_config(path: Path, shared: bool = False) -> PreTrainedConfig:
     """A checkpoint's config.
 
@@ -91,22 +99,19 @@ def load_config(path: Path, shared: bool = False) -> PreTrainedConfig:
     Raises:
         ValueError: It is missing, not JSON, not a config that transformers knows, or of a form that is not taken.
     """
-    file = path / "config.json"
-    values = _read_json(file)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: not a model's config: expected a JSON object.")
-    if FACTORED in values:
+    file, form = path / "config.json", form_of(path)
+    if form == FACTORED:
         raise ValueError(
             f"{path}: its experts are factored, and this takes stock checkpoints. Make one of it with: slimmoe export {path} "
             "--form dense --output OUT"
         )
-    if SHARED in values and not shared:
+    if form == SHARED and not shared:
         raise ValueError(
             f"{path}: its experts are merged and shared, and this takes stock checkpoints. Make one of it with: slimmoe "
             f"export {path} --form duplicate --output OUT"
         )
     try:
-        if SHARED in values:
+        if form == SHARED:
             return read_config(path, SHARED, "shared")[0]
         return AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import rich
 from rich.console import Console
 
-from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.atomic import replacing
+from slimmoe_hf.checkpoint import carry, slim_checkpoint
 from slimmoe_hf.command_inputs import output_path, require, size_of
 from slimmoe_hf.describe import describe_plan
-from slimmoe_hf.families import shape_of
-from slimmoe_hf.loading import find_checkpoint, load_config
-from slimmoe_hf.merging import GROUPINGS, SIMILARITIES, plan_merge
-from slimmoe_hf.plan import Target, validate_target
+from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.loading import find_checkpoint, load_config, load_model
+from slimmoe_hf.merged_forms import share_merged
+from slimmoe_hf.merging import GROUPINGS, SIMILARITIES, Counts, plan_merge
+from slimmoe_hf.plan import CompressionPlan, Target, validate_target
+from slimmoe_hf.preflight import dtype_name
 from slimmoe_hf.scoring import scored_model
 
 
@@ -31,19 +35,47 @@ def merge(args: argparse.Namespace) -> None:
     for flag, given, known in (("similarity", args.similarity, SIMILARITIES), ("grouping", args.grouping, GROUPINGS)):
         if given not in known:
             raise ValueError(f"--{flag} {given}: unknown; use one of {', '.join(known)}.")
-    config = load_config(find_checkpoint(args.model, args.revision))
-    if validate_target(config, Target(num_experts=args.num_experts)).num_experts == shape_of(config).num_experts:
-        raise ValueError(f"--num-experts {args.num_experts}: the model has no more. Ask for fewer.")
+    path = find_checkpoint(args.model, args.revision)
+    config = load_config(path)
+    form = args.form or ("indirect" if family_of(config).encoder_decoder and not args.uniform else "uniform")
+    counts: Counts = "uniform" if args.uniform or form == "uniform" else "adaptive"
+    most = shape_of(config).num_experts
+    if counts == "uniform":
+        validate_target(config, Target(num_experts=args.num_experts))
+    if not 1 <= args.num_experts < most:
+        raise ValueError(
+            f"--num-experts {args.num_experts}: the model has {most} a layer. Ask for fewer, and at least 1."
+        )
     model, stats = scored_model(args, expert_outputs=args.similarity == "outputs")
     plan = plan_merge(
-        model, stats, args.num_experts, similarity=args.similarity, grouping=args.grouping, reference=args.reference
-    )
-    del model
-    slim_checkpoint(
-        args.model, plan, output, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
+        model, stats, args.num_experts, counts=counts, similarity=args.similarity, grouping=args.grouping,
+        reference=args.reference, seed=args.seed,
     )  # fmt: skip
+    del model
+    if form == "indirect":
+        _write_indirect(path, plan, output, args.overwrite)
+    else:
+        slim_checkpoint(
+            args.model, plan, output, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
+            duplicate=form == "duplicate",
+        )  # fmt: skip
     plan.save(output / "plan")
     Console().print(describe_plan(plan), highlight=False, soft_wrap=True)
-    rich.print(
-        f"{output}: {plan.meta.target}, verified; next: slimmoe distill --model {output} --teacher {args.model} ..."
-    )
+    rich.print(f"{output}: {plan.meta.target}, {_NEXT[form].format(output=output, model=args.model)}")
+
+
+_NEXT = {
+    "uniform": "verified; next: slimmoe distill --model {output} --teacher {model} ...",
+    "duplicate": "every merged expert in the place of all its members, verified",
+    "indirect": "shared; import slimmoe_hf and from_pretrained loads it, slimmoe export {output} --form duplicate makes a "
+    "stock one",
+}
+"""What is said of each form."""
+
+
+def _write_indirect(source: Path, plan: CompressionPlan, output: Path, overwrite: bool) -> None:
+    """The model in its own dtype, whatever it was scored in, its experts merged and shared."""
+    model = share_merged(load_model(source, dtype_name(load_config(source)), whole=True), plan)
+    with replacing(output, overwrite) as partial:
+        model.save_pretrained(partial)
+        carry(source, partial)

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
-        _add_push, _add_cache, _add_merge,
+        _add_push, _add_cache, _add_merge, _add_export,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -196,9 +196,16 @@ def _add_merge(commands: Any) -> None:
     )  # fmt: skip
     _add_scoring(parser)
     parser.add_argument("--num-experts", type=int, metavar="K", help="experts per layer that others are merged into")
+    parser.add_argument("--uniform", action="store_true", help="as many in every layer; otherwise as the form allows")
+    parser.add_argument(
+        "--form", choices=("uniform", "indirect", "duplicate"),
+        help="uniform: as many experts in every layer, a stock checkpoint; indirect: K on average, rows of the routers share "
+        "them, loads after import slimmoe_hf; duplicate: the same as a stock checkpoint of full size (default: uniform; of "
+        "encoder-decoders indirect)",
+    )  # fmt: skip
     parser.add_argument(
         "--similarity", default="router_logits", metavar="NAME",
-        help="what makes two experts alike: router_logits, router_rows, weights or outputs (default: router_logits)",
+        help="what makes two experts alike: router_logits, router_rows, weights, outputs or random (default: router_logits)",
     )  # fmt: skip
     parser.add_argument(
         "--grouping", default="dominant", metavar="NAME",
@@ -213,6 +220,19 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
     _add_output(parser, "DIR")
     _add_config(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _add(
+        commands, "export", "Turn a checkpoint whose experts are shared or factored into a stock one.",
+        "slimmoe export merged --form duplicate --output stock",
+    )  # fmt: skip
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="the checkpoint")
+    parser.add_argument(
+        "--form", choices=("duplicate", "dense"),
+        help="duplicate: every shared expert in the place of all its members; dense: factored experts multiplied out",
+    )  # fmt: skip
+    _add_output(parser, "OUT")
 
 
 def _add_distill(commands: Any) -> None:

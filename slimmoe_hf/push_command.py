@@ -6,6 +6,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import rich
 from huggingface_hub.utils import disable_progress_bars, logging
@@ -18,6 +19,7 @@ from slimmoe_hf.lineage import CARD, Base, find_base
 from slimmoe_hf.loading import FACTORED, weights_sha256
 from slimmoe_hf.report import Report
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
+from slimmoe_hf.shared_config import SHARED
 from slimmoe_hf.upload import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -91,8 +93,8 @@ def _of_model(args: argparse.Namespace, folder: Path) -> dict[str, Content]:
     config = json.loads((folder / (ADAPTER_CONFIG if adapter else "config.json")).read_text(encoding="utf-8"))
     if FACTORED in config:
         raise ValueError(
-            f"{folder}: its experts are factored, and the card would say that plain transformers loads it. Push "
-            "densify(load_factored(folder)), saved to another folder."
+            f"{folder}: its experts are factored, and the card would say that plain transformers loads it. Push what this "
+            f"makes: slimmoe export {folder} --form dense --output OUT"
         )
     origin = str(config.get("base_model_name_or_path" if adapter else "_name_or_path") or "")
     card.refuse_orders(folder / CARD, None if adapter else args.base_model, args.license)
@@ -104,16 +106,18 @@ def _of_model(args: argparse.Namespace, folder: Path) -> dict[str, Content]:
     elif card.may_be_written(folder / CARD):
         origin = origin or "the original model"
         base = find_base(origin, None, args.base_model, args.license, quiet=args.dry_run)[0]
-        files[CARD] = _model_card(args, base, folder, adapter).encode()
+        files[CARD] = _model_card(args, base, folder, config if not adapter else {}, adapter).encode()
     return dict(sorted(files.items()))
 
 
-def _model_card(args: argparse.Namespace, base: Base, folder: Path, adapter: bool) -> str:
+def _model_card(args: argparse.Namespace, base: Base, folder: Path, config: dict[str, Any], adapter: bool) -> str:
     """A short card, for a folder that tells nothing but what is in it."""
     kind = "A LoRA adapter" if adapter else "A Mixture-of-Experts model"
     made = f" made from `{base.name}`" if base.hub_id else ""
     repo, branch = args.repo, args.branch
-    code = card.adapter_code(repo, base, branch) if adapter else card.loading_code(repo, "The", branch)
+    loader = "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
+    whole = card.loading_code(repo, "The", branch, loader, shared=SHARED in config)
+    code = card.adapter_code(repo, base, branch) if adapter else whole
     plan = card.plan_text(folder / "plan")
     tags = ("moe", "mixture-of-experts", "lora", "slimmoe") if adapter else card.TAGS if plan else ("moe", "slimmoe")
     return card.assemble(card.metadata(repo, base, tags=tags, adapter=adapter), repo.split("/")[-1], [

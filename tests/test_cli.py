@@ -40,6 +40,7 @@ COMMANDS = (
     "push",
     "cache",
     "merge",
+    "export",
 )
 DATA = ("--max-length", "64")
 
@@ -134,8 +135,9 @@ def test_flags_are_a_visible_decision():
             "--verify", "--json", "--stream", "--stream-memory",
         },
         "merge": common | train | teacher | output | scoring | {
-            "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size",
+            "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size", "--uniform", "--form",
         },
+        "export": common - {"--config"} | {"--form", "--output", "--overwrite"},
     }  # fmt: skip
 
 
