@@ -20,7 +20,7 @@ from slimmoe_hf.identity import model_fingerprint
 
 CHUNK_BYTES = {"cpu": 1 << 22}
 """Of float32 logits at a time: on a CPU what its cache holds, which is twice as fast as ten times that."""
-_LARGE_CHUNK = 1 << 27
+LARGE_CHUNK = 1 << 27
 
 Texts = list[np.ndarray[Any, Any]]
 Answered = tuple[Texts, list[dict[str, Tensor]] | None]
@@ -131,7 +131,7 @@ class Answers:
                 f"token {int(next_N.max())} of the data is beyond the {spec.vocab_size} ids that are answered over. Give a "
                 "larger --vocab-size, or the tokenizer of this teacher."
             )
-        size = max(1, CHUNK_BYTES.get(made_N_.device.type, _LARGE_CHUNK) // (4 * spec.vocab_size))
+        size = max(1, CHUNK_BYTES.get(made_N_.device.type, LARGE_CHUNK) // (4 * spec.vocab_size))
         parts = []
         for chunk, following in zip(made_N_.split(size), next_N.to(made_N_.device).split(size), strict=True):
             logits_NV = (self.head(chunk) if self.plain else chunk)[:, : spec.vocab_size]

@@ -9,6 +9,7 @@ Shape letters: E experts, F expert width, D model width, B rows, T tokens of a r
 from __future__ import annotations
 
 import copy
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,6 +111,7 @@ class Blocks:
         views: Its decoder layers, `families.LayerView`. hidden_size: D.
         device, dtype: What is computed on and in.
         digests: Hashes of the weights of every part that was hashed when it was read, by their names in the model.
+        seconds_reading, seconds_placing: For a byte of the decoder layer that was read last.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -126,6 +128,7 @@ class Blocks:
         """
         self.config, self.dtype, self.device = load_config(path), dtype, device
         self.config.dtype = dtype
+        self.seconds_reading = self.seconds_placing = 0.0
         built = copy.deepcopy(self.config)
         if "output_router_logits" in built.to_dict():
             built.output_router_logits = False  # layers that only pass on have none
@@ -182,10 +185,12 @@ class Blocks:
             finite: Refuse NaN and infinity.
             hashed: Put their hashes into `digests`.
         """
-        wanted = self._wanted(part)
+        wanted, started = self._wanted(part), time.perf_counter()
         found = self._reader.read({self._names[name]: shape for name, shape in wanted.items()}, finite)
         if hashed:
             self.digests[part] = {name: tensor_sha256(found[self._names[name]], self.dtype) for name in wanted}
+        if part >= 0:
+            self.seconds_reading = (time.perf_counter() - started) / self.bytes(part)
         inner = len(self._prefixes[part]) + 1
         return {name[inner:]: found[self._names[name]] for name in wanted}
 
@@ -203,8 +208,11 @@ class Blocks:
 
     def place(self, part: int, weights: dict[str, Tensor]) -> None:
         """Give a part its weights; they are taken out of `weights`."""
+        started = time.perf_counter()
         placed = {name: weights.pop(name).to(self.device, self.dtype) for name in list(weights)}
         self._modules[part].load_state_dict(placed, assign=True)
+        if part >= 0:
+            self.seconds_placing = (time.perf_counter() - started) / self.bytes(part)
 
     def clear(self, part: int) -> None:
         """Take a part's weights away."""

@@ -71,7 +71,7 @@ def write_cache(
         device: Where it runs; None is this process's GPU, or the CPU. A model that was given stays where it is.
         shard_bytes: Most bytes in a file; each process holds one in memory.
         data: Where the rows come from, for the manifest; it must not change between a kill and the next start.
-        overwrite: Replace what is at `folder`.
+        overwrite: Replace what is at `folder`; an unfinished cache of the same request is continued all the same.
         stream: One decoder layer of the teacher at a time is in memory, for one that is larger; see `streamed_answers`.
         stream_memory: Bytes of hidden states that pass from layer to layer together; None is half of what is free.
 

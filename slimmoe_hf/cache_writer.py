@@ -102,7 +102,8 @@ class CacheWriter:
             folder: Its final place.
             spec: What it holds.
             shard_bytes: Most bytes of answers in a file.
-            overwrite: Replace a finished cache at `folder` in the end, and begin anew.
+            overwrite: Replace a finished cache at `folder` in the end; begin anew where an unfinished one is of another
+                request, or damaged.
 
         Raises:
             ValueError: Something is at `folder`, an unfinished cache there is of another request, or another writer is
@@ -121,10 +122,15 @@ class CacheWriter:
         except Timeout:
             raise ValueError(f"{self._place}: another process is writing there. Wait for it, or end it.") from None
         if self._state.is_main_process:
-            if overwrite:
+            try:
+                if overwrite:
+                    _refuse_other(self._place, spec)
+                _clear(self._place)
+            except ValueError:
+                if not overwrite:
+                    raise
                 for file in set(self._place.iterdir()) - set(self._place.glob("*.lock")):
                     file.unlink()
-            _clear(self._place)
             if not (self._place / REQUEST).exists():
                 write_text(self._place / REQUEST, spec.model_dump_json(indent=2) + "\n")
         self._state.wait_for_everyone()

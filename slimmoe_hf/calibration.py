@@ -29,6 +29,8 @@ from slimmoe_hf.losses import cross_entropy, forward_kl
 from slimmoe_hf.stats import ExpertStats, StatsMeta
 from slimmoe_hf.taps import Batch, Sweep, tapped
 
+KD_TOP_K = 8
+"""Entries of the teacher's distribution that `kd_topk` looks at (SlimMoE, arXiv 2506.18349)."""
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(logits_NV, teacher_logits_NV, labels_N) -> loss_N`, one value per predicted token."""
 
@@ -44,7 +46,7 @@ def kd_topk_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor)
     Either of the two would make the gradient exactly zero in the first stage, where student and teacher are equal.
     Returns `[N]`, nats.
     """
-    return forward_kl(logits_NV, teacher_logits_NV, top_k=8, add_tail=False)
+    return forward_kl(logits_NV, teacher_logits_NV, top_k=KD_TOP_K, add_tail=False)
 
 
 CALIBRATION_LOSSES: dict[str, TokenLoss] = {"lm": lm_loss, "kd_topk": kd_topk_loss}

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from slimmoe_hf.atomic import refuse_existing, write_text
 from slimmoe_hf.data import load_documents, take_tokens, tokenize
 from slimmoe_hf.families import family_of, refuse_encoder_decoder
+from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.plan import Target
 from slimmoe_hf.preflight import check_vocabulary
-from slimmoe_hf.recipe import memory_bytes
 
 _OURS = ("config.json", "adapter_config.json", "plan.json", "manifest.json")
 """One of them is in every folder that a command writes."""

@@ -49,6 +49,7 @@ from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import dataset_hash, load_documents, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.loading import (
     files_sha256,
     find_checkpoint,
@@ -85,7 +86,7 @@ def env(args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "memory_free_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "memory_free_gb": round(free_memory() / 1e9, 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }

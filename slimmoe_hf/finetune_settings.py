@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict
@@ -13,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.lora import lora_config
 from slimmoe_hf.memory import Memory, Optimizer, training_memory
 from slimmoe_hf.preflight import check_values
@@ -187,4 +187,4 @@ def device_name(arguments: SFTConfig) -> str:
 def _room(arguments: SFTConfig) -> tuple[str, int]:
     if arguments.device.type == "cuda":
         return device_name(arguments), torch.cuda.mem_get_info(arguments.device)[0]
-    return "this machine", psutil.virtual_memory().available
+    return "this machine", free_memory()

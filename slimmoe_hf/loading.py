@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError  # type: ignore[attr-defined]
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from slimmoe_hf.disk import auto_class, locate
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.own_form import read_config
 from slimmoe_hf.shards import INDEX, SINGLE, Stored, all_finite, read_header, read_tensor
 from slimmoe_hf.shared_checkpoint import load_shared
@@ -193,7 +193,7 @@ def _spread(path: Path, dtype: str | torch.dtype, device: torch.device, room: in
     room = int(torch.cuda.mem_get_info(device)[0] * DEVICE_SHARE) if room is None else room
     if needed <= room:
         return {}
-    return {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": psutil.virtual_memory().available}}
+    return {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": free_memory()}}
 
 
 def weight_files(path: Path) -> list[Path]:

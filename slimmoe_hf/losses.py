@@ -55,6 +55,21 @@ def forward_kl(
     return kl_N
 
 
+def kept_kl(student_logits_NV: Tensor, log_probs_NK: Tensor, index_NK: Tensor) -> Tensor:
+    """`forward_kl` without a tail, of a teacher of whom only the likeliest entries were kept.
+
+    Args:
+        student_logits_NV: `[N, V]`.
+        log_probs_NK: The teacher's log-probabilities of K ids, `[N, K]`.
+        index_NK: Which ids.
+
+    Returns:
+        `[N]`, nats.
+    """
+    student_NV = _at_least_float32(student_logits_NV).log_softmax(-1)
+    return _gap(log_probs_NK, student_NV.gather(-1, index_NK)).sum(-1)
+
+
 def reverse_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(student || teacher) in nats, over the full vocabulary; not multiplied by T^2. Returns `[N]`."""
     student_NV, teacher_NV = _log_softmax(student_logits_NV, teacher_logits_NV, temperature)

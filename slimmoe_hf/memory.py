@@ -1,4 +1,4 @@
-"""How much memory a model takes: to run it, to train it, to distil it, to score it. From its config alone.
+"""How much memory a model takes: to run it, to train it, to distil it. From its config alone; `scoring_memory` scores it.
 
 The model's own code is run on tensors without values (`tracing`), with one decoder layer of each kind, and what a layer
 adds is multiplied by the layers. A training step has its peak in one of six places; all are looked at:
@@ -35,12 +35,11 @@ from transformers.optimization import Adafactor
 
 from slimmoe_hf import disk
 from slimmoe_hf.cache_format import TOP_K, bytes_per_answer
-from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.families import family_of
 from slimmoe_hf.fused import block_rows, chunk_rows, fused_distillation_loss
 from slimmoe_hf.lora import lora_config
-from slimmoe_hf.losses import DistillationLoss, forward_kl
+from slimmoe_hf.losses import DistillationLoss
 from slimmoe_hf.signals import Head, TeacherStates, TeacherTopK
-from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.tracing import Phase, Run, layer_kinds, skeleton, trace, trace_optimizer
 
 Optimizer = Literal["adamw", "adamw_bf16", "adamw_8bit", "adafactor"]
@@ -193,44 +192,6 @@ def training_memory(
     return Memory(use=use, parts=parts, peak=peak, host=host, disk_per_token=disk)
 
 
-def scoring_memory(
-    config: PreTrainedConfig, *, batch: int = 8, length: int = 1024, dtype: torch.dtype = torch.float32
-) -> Memory:
-    """Memory of `collect_stats` with the model as its own teacher: frozen weights, no checkpointing.
-
-    Args:
-        config: The model's.
-        batch: B, rows at a time.
-        length: T, tokens per row.
-        dtype: Of the weights.
-
-    Raises:
-        ValueError: As `family_of`.
-    """
-    shape = shape_of(config)
-    phases = _phases(_text(config), dtype, batch, length, _score)
-    pairs = batch * length * shape.top_k
-    sums = (
-        shape.layers
-        * shape.num_experts
-        * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 3 + shape.num_experts)
-        * 8
-    )
-    # The taps hold a layer's neuron activations and head outputs, which frozen weights alone would not ask for.
-    taps = pairs * shape.expert_width + batch * length * shape.query_heads * shape.head_width
-    held = shape.layers * taps * dtype.itemsize
-    # While a tap records: activation, gradient, their product and one of its squares, in float32.
-    recording = 4 * pairs * shape.expert_width * 4
-    name = max(("head", "top"), key=lambda each: phases[each].peak + recording * (each == "top"))
-    phase = phases[name]
-    parts = {
-        "weights": _bytes(meta_model(config), dtype), "activations": phase.activations + held, "statistics": sums,
-        "logits and loss" if name == "head" else "working set":
-            phase.peak - phase.activations + (recording if name == "top" else 0),
-    }  # fmt: skip
-    return Memory(use="scoring", parts=parts, peak=name)
-
-
 def cache_bytes_per_token(vocab_size: int, top_k: int = CACHE_TOP_K) -> int:
     """Bytes of a teacher's cached answer to one token, as `cache_format` stores it."""
     return bytes_per_answer(vocab_size, top_k)
@@ -316,12 +277,9 @@ def _generate(model: Any, ids: Tensor, _other: Any) -> None:
         model.eval()(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
-def _score(model: Any, ids: Tensor, _other: Any) -> None:
-    """What `collect_stats` does with a batch, without the taps."""
-    model.eval().requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    logits_NV = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    forward_kl(logits_NV, logits_NV.detach(), top_k=8, add_tail=False).sum().backward()
+def phases_of(config: PreTrainedConfig, dtype: torch.dtype, batch: int, length: int, run: Run) -> dict[str, Phase]:
+    """`tracing.trace` of a step without an adapter, made once for each config; do not change what it gives."""
+    return _phases(_text(config), dtype, batch, length, run)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,11 +8,9 @@ Of both, `EFFICIENCY` is assumed: time is a guess to plan by, not a promise.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
@@ -20,54 +18,24 @@ from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.cache_format import bytes_per_answer
+from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.launch import is_sharded, processes_of
 from slimmoe_hf.loading import DEVICE_SHARE
-from slimmoe_hf.memory import Memory, Optimizer, Teacher, inference_memory, scoring_memory, training_memory
-from slimmoe_hf.preflight import Outline, Text, device, teacher_dtype, training_tokens
-from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec, memory_bytes
+from slimmoe_hf.machines import Machine
+from slimmoe_hf.memory import Memory, Optimizer, Teacher, inference_memory, training_memory
+from slimmoe_hf.pace import shown_time
+from slimmoe_hf.preflight import Outline, Text, teacher_dtype, training_tokens
+from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
-from slimmoe_hf.sizing import GIB, RESERVE_BYTES, RESERVE_SHARE, Counts, parameter_counts
+from slimmoe_hf.scoring_memory import scoring_memory, streamed_answers_memory, streamed_scoring_memory
+from slimmoe_hf.sizing import Counts, parameter_counts
+from slimmoe_hf.streamed_answers import GROUP_SHARE, group_tokens
 
 EFFICIENCY = 0.25
 """Share of a large matrix product's speed that a mixture of experts gets in training. Assumed."""
 _READ, _WRITE = 1.5e9, 0.5e9  # bytes per second of a disk; assumed
 _SHARDED = ("weights", "gradients", "optimizer", "teacher")  # what FSDP2 spreads over its processes
-_LAYERED = ("weights", "activations", "statistics")  # of which a streamed sweep holds a layer's
 _GENEROUS = 0.85  # a run is refused only when this share of the estimate does not fit
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run would be done.
-
-    Attributes:
-        name: For people.
-        memory: Bytes on the device that computes. host: Bytes of the computer's own; None on a CPU, where it is the same.
-        flops: Operations per second of a large matrix product, in the dtype of training.
-        host_flops: Those of its CPU.
-        transfer: Bytes per second from host to device.
-    """
-
-    name: str
-    memory: int
-    host: int | None
-    flops: float
-    host_flops: float
-    transfer: float = 12e9
-
-
-def _gpu(name: str, gib: int, flops: float) -> Machine:
-    usable = int(gib * GIB * (1 - RESERVE_SHARE) - RESERVE_BYTES)
-    return Machine(f"{name} with a host of 240 GB", usable, 240 * 10**9, flops, 1e12)
-
-
-MACHINES = {
-    # Dense bfloat16, from the makers' data sheets; the host (240 GB, 1 TFLOP/s) is assumed.
-    "A100-80GB": _gpu("one A100-80GB", 80, 312e12),
-    "H100-80GB": _gpu("one H100-80GB", 80, 989e12),
-    "A6000-48GB": _gpu("one RTX A6000 48GB", 48, 155e12),
-    "4090-24GB": _gpu("one RTX 4090 24GB", 24, 165e12),
-}
 
 
 @dataclass(frozen=True)
@@ -90,29 +58,6 @@ class Step:
     seconds: float
     key: str = ""
     passing: int = 0
-
-
-def this_machine() -> Machine:
-    """This machine, its speed measured."""
-    place = device()
-    host = psutil.virtual_memory()
-    on_host = _measured_flops(torch.device("cpu"), torch.float32)
-    if place.type == "cpu":
-        return Machine(f"this machine's CPU, {torch.get_num_threads()} threads", host.available, None, on_host, on_host)
-    name = torch.cuda.get_device_name(place)
-    free = torch.cuda.mem_get_info(place)[0]
-    return Machine(name, free, host.available, _measured_flops(place, torch.bfloat16), on_host)
-
-
-def _measured_flops(place: torch.device, dtype: torch.dtype) -> float:
-    size = 1024 if place.type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=place, dtype=dtype)
-    matrix @ matrix
-    repeats, started = 4, time.perf_counter()
-    for _ in range(repeats):
-        product = matrix @ matrix
-    product[0, 0].item()  # waits for the device
-    return repeats * 2 * size**3 / (time.perf_counter() - started)
 
 
 def outlook(recipe: Recipe, outline: Outline, machine: Machine, text: Text | None = None) -> list[Step]:
@@ -177,7 +122,9 @@ class _Outlook:
 
     def _held(self, memory: Memory, on_host: bool) -> tuple[int, int]:
         """Bytes on the device and on the host."""
-        return (0, memory.total) if on_host and not self.on_cpu else (memory.total, memory.host)
+        if self.on_cpu:
+            return memory.total + memory.host, 0
+        return (0, memory.total + memory.host) if on_host else (memory.total, memory.host)
 
     def _score(self, number: int, stage: Stage, config: PreTrainedConfig) -> Step:
         calibration, length = stage.calibration, self.recipe.data.max_length
@@ -187,20 +134,27 @@ class _Outlook:
         criteria = ", ".join(dict.fromkeys(filter(None, (stage.criterion, stage.expert_criterion))))
         what = f"{calibration.tokens:,} tokens, {criteria}, {calibration.loss}, {calibration.dtype}"
         operations, reading, passing = 4 * _active(config) * calibration.tokens, 0.0, 0
-        if calibration.stream:
-            memory, layers = _streamed(memory, config), config.num_hidden_layers
-            operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
-            reading = 2 * parameter_counts(config).bytes(self.dtype) / _READ
-            passing = calibration.tokens * config.hidden_size * dtype.itemsize * (layers + 2)
-            what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
-        device_bytes, host_bytes = self._held(memory, on_host)
+        teacher = self.outline.teacher_config
         separate = calibration.loss == "kd_topk" and (number > 1 or self.recipe.teacher is not None)
         if separate:
-            weights = parameter_counts(self.outline.teacher_config).bytes(dtype)
-            device_bytes, host_bytes = (
-                (device_bytes, host_bytes + weights) if on_host else (device_bytes + weights, host_bytes)
-            )
-            operations += 2 * _active(self.outline.teacher_config) * calibration.tokens
+            operations += 2 * _active(teacher) * calibration.tokens
+        if calibration.stream:
+            sizes = {"batch": calibration.batch_size, "length": length, "dtype": dtype, "stored": self.dtype}
+            held = [self._held(streamed_scoring_memory(config, **sizes), on_host)]
+            operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
+            reading = 2 * parameter_counts(config).bytes(self.dtype) / _READ
+            passing = calibration.tokens * config.hidden_size * dtype.itemsize * (config.num_hidden_layers + 2)
+            if separate:
+                place = "cpu" if on_host or self.on_cpu else "cuda"
+                held.append(self._held(streamed_answers_memory(teacher, device=place, **sizes), on_host))
+                reading += parameter_counts(teacher).bytes(self.dtype) / _READ
+            what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
+            device_bytes, host_bytes = (max(each) for each in zip(*held, strict=True))
+        else:
+            device_bytes, host_bytes = self._held(memory, on_host)
+            weights = parameter_counts(teacher).bytes(dtype) if separate else 0
+            device_bytes += 0 if on_host else weights
+            host_bytes += weights if on_host else 0
         where = " on the host's CPU" if on_host and not self.on_cpu else ""
         seconds = self._seconds(operations, on_host) + reading
         key = f"stages.{number - 1}.calibration"
@@ -226,8 +180,25 @@ class _Outlook:
         served = {1.0, *(arguments.temperature for arguments in self.outline.arguments)}
         size = bytes_per_answer(config.vocab_size, asked.top_k, asked.kind, config.hidden_size, len(served))
         what = f"the teacher's answers to {tokens:,} tokens" if tokens else "the teacher's answers to the whole text"
-        step = self._read(CACHE, what, config, tokens, (asked.batch_size, length), "teacher_cache.batch_size")
-        return replace(step, disk=tokens * size)
+        key = "teacher_cache.batch_size"
+        if not asked.stream:
+            step = self._read(CACHE, what, config, tokens, (asked.batch_size, length), key)
+            return replace(step, disk=tokens * size)
+        memory = streamed_answers_memory(
+            config, batch=asked.batch_size, length=length, dtype=self.computing, stored=self.dtype,
+            device="cpu" if self.on_cpu else "cuda",
+        )  # fmt: skip
+        room = int((self.machine.memory if self.machine.host is None else self.machine.host) * GROUP_SHARE)
+        if asked.stream_memory is not None:
+            room = memory_bytes(asked.stream_memory)
+        passes = -(-tokens // max(1, group_tokens(room, config.hidden_size, self.computing)))
+        reading = passes * parameter_counts(config).bytes(self.dtype) / _READ
+        seconds = max(self._seconds(2 * _active(config) * tokens), reading)
+        what += f", a layer at a time, {passes} times over its weights"
+        on_device, on_host = self._held(memory, on_host=False)
+        # Where nobody says how much, no more than half of the free disk is taken.
+        passing = min(room, tokens * 2 * config.hidden_size * self.computing.itemsize) if asked.stream_memory else 0
+        return Step(CACHE, what, on_device, on_host, tokens * size, seconds, key, passing)
 
     def _read(
         self,
@@ -299,12 +270,6 @@ class _Outlook:
         return self.machine.host is not None
 
 
-def _streamed(memory: Memory, config: PreTrainedConfig) -> Memory:
-    """What `stream_stats` takes of what `collect_stats` takes: a layer's share, and another layer that is read ahead."""
-    parts = {name: size // (config.num_hidden_layers if name in _LAYERED else 1) for name, size in memory.parts.items()}
-    return memory.model_copy(update={"parts": {**parts, "read ahead": parts["weights"]}})
-
-
 def optimizer_of(name: str, dtype: str) -> Optimizer:
     """Which of the optimizers that `slimmoe_hf.memory` knows is nearest, never above, what Trainer's `optim` needs."""
     name = name.lower()
@@ -321,30 +286,56 @@ def _active(config: PreTrainedConfig) -> int:
     return counts.active_without_lookup
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """A step that will not fit.
+
+    Attributes:
+        step: Which. what: Is short. needed, free: Bytes.
+    """
+
+    step: Step
+    what: str
+    needed: int
+    free: int
+
+
+def shortages(steps: Sequence[Step], machine: Machine) -> list[Shortage]:
+    """The steps whose memory a machine has not; an estimate that is a little over is given the benefit of the doubt."""
+    return [
+        Shortage(step, what, needed, free)
+        for step in steps
+        for what, needed, free in (("memory", step.memory, machine.memory), ("host memory", step.host, machine.host))
+        if free is not None and needed * _GENEROUS > free
+    ]
+
+
 def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -> None:
-    """Refuse a run that will not fit; an estimate that is a little over is given the benefit of the doubt.
+    """Refuse a run that will not fit.
 
     Raises:
         ValueError: What is short, by how much, in which step, and which setting to lower.
     """
-    for step in steps:
-        for what, needed, free in (("memory", step.memory, machine.memory), ("host memory", step.host, machine.host)):
-            if free is not None and needed * _GENEROUS > free:
-                remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
-                if step.name.endswith("/score") and step.passing:
-                    remedy = f"Lower {step.key}.batch_size."
-                elif step.name.endswith("/score") and what == "memory" and machine.host is not None:
-                    remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16; or its stream to true."
-                raise ValueError(
-                    f"{step.name} needs about {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free on {machine.name}. "
-                    f"{remedy}"
-                )
+    for short in shortages(steps, machine):
+        step = short.step
+        remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
+        if step.name.endswith("/score") and step.passing:
+            remedy = f"Lower {step.key}.batch_size."
+        elif step.name.endswith("/score") and short.what == "memory" and machine.host is not None:
+            remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16; or its stream to true."
+        raise ValueError(
+            f"{step.name} needs about {short.needed / 1e9:.1f} GB of {short.what}, {short.free / 1e9:.1f} GB are free on "
+            f"{machine.name}. {remedy}"
+        )
     written = needed = 0
+    lower = "save_total_limit"
     for step in steps:
-        needed = max(needed, written + step.disk + step.passing)
+        if written + step.disk + step.passing > needed:
+            needed = written + step.disk + step.passing
+            passing = "teacher_cache.stream_memory" if step.name == CACHE else "calibration.tokens"
+            lower = passing if step.passing else "save_total_limit"
         written += step.disk
     if disk_free is not None and needed * _GENEROUS > disk_free:
-        lower = "calibration.tokens" if needed > written else "save_total_limit"
         raise ValueError(
             f"the run writes about {needed / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free on the disk. Free some, or lower "
             f"{lower}."
@@ -361,20 +352,14 @@ def shown_steps(steps: Sequence[Step], machine: Machine) -> Table:
     for step in steps:
         memory = _size(step.memory) + (f" + {_size(step.host)} host" if step.host and machine.host is not None else "")
         table.add_row(
-            step.name, step.what, memory if step.memory or step.host else "", _size(step.disk), _time(step.seconds)
+            step.name, step.what, memory if step.memory or step.host else "", _size(step.disk), shown_time(step.seconds)
         )
     most, host = max(step.memory for step in steps), max(step.host for step in steps)
     peak = _size(most) + (f" + {_size(host)} host" if host and machine.host is not None else "")
     table.add_section()
-    table.add_row("in all", "", peak, _size(sum(s.disk for s in steps)), _time(sum(s.seconds for s in steps)))
+    table.add_row("in all", "", peak, _size(sum(s.disk for s in steps)), shown_time(sum(s.seconds for s in steps)))
     return table
 
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e8 else f"{size / 1e6:.0f} MB" if size else ""
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s" if seconds else ""
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -25,12 +25,14 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
 from slimmoe_hf.evaluation import evaluate_checkpoint
+from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.harness import TaskResult, TaskSet, load_tasks
 from slimmoe_hf.hub import complete_folder
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
 from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import load_config, load_model, weights_sha256
-from slimmoe_hf.outlook import MACHINES, check_room, outlook, shown_steps, this_machine
+from slimmoe_hf.machines import MACHINES, this_machine
+from slimmoe_hf.outlook import check_room, outlook, shown_steps
 from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import (
     Inputs,
@@ -44,6 +46,7 @@ from slimmoe_hf.preflight import (
     teacher_dtype,
 )
 from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, resolved
+from slimmoe_hf.remedies import remedies
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.stats import ExpertStats
@@ -65,7 +68,7 @@ def run_recipe(
         output: The run's folder; wins over the recipe's `output`.
         overwrite: Start over in a folder that holds a run.
         dry_run: Check everything, show the plan of work, write nothing. What is on the Hub is not downloaded for it.
-        machine: With `dry_run`, a name in `slimmoe_hf.outlook.MACHINES` to plan for; None is this machine.
+        machine: With `dry_run`, a name in `slimmoe_hf.machines.MACHINES` to plan for; None is this machine.
 
     Returns:
         The report, as in `report.json`; None after a dry run.
@@ -104,6 +107,9 @@ def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None
     remote = [name for name in (recipe.model, recipe.teacher, recipe.data.source) if name and is_remote(name)]
     text = None if dry_run and recipe.data.source in remote else read_text(recipe, found.tokenizer)
     steps = outlook(recipe, found, here, text)
+    if dry_run and (short := remedies(recipe, steps, here, text, elsewhere=machine is not None)):
+        get_console().print(shown_steps(steps, here))
+        get_console().print("What does not fit:", *short, sep="\n", highlight=False, markup=False, soft_wrap=True)
     check_room(steps, here, free_disk(folder) if machine is None else None)
     inputs = None if text is None or (dry_run and remote) else check(recipe, found, text)
     get_console().print(shown_steps(steps, here))
@@ -171,8 +177,10 @@ class _Pipeline:
         given = batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0)
         work = folder / "scoring"
         if calibration.stream:
-            assert not asked, "`outline` has refused it"
-            stats = stream_stats(source, given, calibration.loss, work=work, dtype=calibration.dtype, device=where)
+            other = self.inputs.teacher if asked else None
+            stats = stream_stats(
+                source, given, calibration.loss, other, work=work, dtype=calibration.dtype, device=where
+            )
         else:
             teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
             model = load_model(source, calibration.dtype, where, whole=True)
@@ -213,6 +221,8 @@ class _Pipeline:
             kind=asked.kind, top_k=asked.top_k, temperatures=sorted({each.temperature for each in arguments}),
             vocab_size=load_config(self.inputs.model).vocab_size, batch_size=asked.batch_size,
             dtype=teacher_dtype(stages[0], device().type == "cpu", self.inputs.dtype), device=device(),
+            stream=asked.stream,
+            stream_memory=None if asked.stream_memory is None else memory_bytes(asked.stream_memory),
         )  # fmt: skip
         return {}
 

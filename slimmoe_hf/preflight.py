@@ -118,13 +118,6 @@ def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
             Terms(said.router_logits_weight, said.hidden_states_weight).check(made, teacher_config)
         except ValueError as error:
             raise ValueError(f"stages.{number}.distillation: {error}") from error
-    for number, stage in enumerate(recipe.stages):
-        own = number == 0 and model == teacher
-        if stage.calibration.stream and stage.calibration.loss == "kd_topk" and not own:
-            raise ValueError(
-                f"stages.{number}.calibration.stream: kd_topk is streamed only against the model itself, which is the first "
-                "stage's without a teacher. Take loss: lm, or leave stream out."
-            )
     tokenizer = load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
     dtype = recipe.dtype or dtype_name(config)
@@ -210,13 +203,21 @@ def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBas
         )
 
 
-def check_teacher(teacher: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_teacher(
+    teacher: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, finite: bool = True
+) -> None:
     """Check a teacher's files, that no weight is missing, and that it speaks of the same tokens as the student.
+
+    Args:
+        teacher: Its folder.
+        config: The student's.
+        tokenizer: Of the text.
+        finite: Look through its values too.
 
     Raises:
         ValueError: It does not.
     """
-    verify_checkpoint(teacher)
+    verify_checkpoint(teacher, finite)
     live = LiveTeacher(meta_model(load_config(teacher)), load_tokenizer(teacher))
     try:
         live.check_vocabulary(config.vocab_size, tokenizer)

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from accelerate.utils import convert_file_size_to_int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
+from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.plan import Target
 from slimmoe_hf.yaml_files import read_yaml
 
@@ -85,8 +85,8 @@ class Calibration(_Strict):
         dtype: What is computed in. `float32` resolves the small gradients of the top-8 loss; `bfloat16` takes half the
             memory.
         device: `auto` is the first GPU where there is one; `cpu` for a model that is larger than the GPU.
-        stream: Hold one decoder layer in memory at a time, for a model that is larger than it. With `kd_topk` only
-            where the model is its own teacher: in the first stage, without a `teacher`.
+        stream: Hold one decoder layer in memory at a time, for models that are larger than it. A teacher for `kd_topk`
+            is read in the same way.
     """
 
     tokens: Count = 131072
@@ -152,11 +152,26 @@ class TeacherCacheSpec(_Strict):
             for every divergence.
         top_k: K, tokens kept of each answer.
         batch_size: Texts at a time.
+        stream: Hold one decoder layer of the teacher in memory at a time, and read its checkpoint once for every group
+            of texts. It needs no memory for the rest, and a disk for what passes between the layers.
+        stream_memory: How much of the texts passes from layer to layer together ("60GB"); twice as much as a group's
+            hidden states. None is half of what is free of memory, and of the disk.
     """
 
     kind: Literal["top_k", "hidden"] = "top_k"
     top_k: Annotated[int, Field(ge=2)] = 64
     batch_size: Count = 8
+    stream: bool = False
+    stream_memory: str | None = None
+
+    @field_validator("stream_memory")
+    @classmethod
+    def _a_size(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and not info.data.get("stream"):
+            raise ValueError("it says how much passes from layer to layer together, so it goes with stream: true")
+        if text is not None:
+            memory_bytes(text)
+        return text
 
 
 class Evaluation(_Strict):
@@ -304,24 +319,6 @@ def parse_recipe(values: Any, where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {_first_fault(error)}") from None
-
-
-def memory_bytes(text: str) -> int:
-    """An amount of memory in bytes.
-
-    Args:
-        text: As in `12GB` (10^9), `12GiB` (2^30), `800MB` or `800MiB`.
-
-    Raises:
-        ValueError: It is not written so, or nothing.
-    """
-    try:
-        amount = convert_file_size_to_int(text.replace(" ", "").upper())  # which takes a small b for bits
-    except ValueError:
-        amount = 0
-    if amount <= 0:
-        raise ValueError(f"expected an amount of memory such as 12GB or 12GiB, found {text!r}")
-    return int(amount)
 
 
 def suggestion(key: str, known: Collection[str]) -> str:

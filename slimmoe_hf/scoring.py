@@ -33,14 +33,9 @@ def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
     """
     if not args.stream:
         return scored_model(args)[1]
-    if args.teacher is not None and args.loss == "kd_topk":
-        raise ValueError(
-            "--stream scores with kd_topk against the model itself only. Leave --teacher out, give --loss lm, or score "
-            "without --stream."
-        )
-    path, _, given = _inputs(args)
+    path, teacher, given = _inputs(args)
     return stream_stats(
-        path, given, args.loss, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
+        path, given, args.loss, teacher, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
         overwrite=args.overwrite,
     )  # fmt: skip
 
@@ -57,7 +52,8 @@ def scored_model(args: argparse.Namespace, expert_outputs: bool = False) -> tupl
     """
     if args.stream:
         raise ValueError("--stream: this command needs the whole model in memory. Leave it out.")
-    path, teacher, given = _inputs(args)
+    path, folder, given = _inputs(args)
+    teacher = None if folder is None else load_model(folder, args.calibration_dtype, _place(args))
     model = load_model(path, args.calibration_dtype, _place(args), whole=True)
     return model, collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
 
@@ -76,8 +72,8 @@ def _place(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu") if args.calibration_device == "cpu" else device()
 
 
-def _inputs(args: argparse.Namespace) -> tuple[Path, PreTrainedModel | None, Iterable[dict[str, Tensor]]]:
-    """The checkpoint, the teacher where another one is asked, and batches of calibration text."""
+def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None, Iterable[dict[str, Tensor]]]:
+    """The checkpoint, that of the teacher where another one is asked, and batches of calibration text."""
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
     # Streamed weights are looked through when they are read.
@@ -86,9 +82,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, PreTrainedModel | None, Ite
     path, tokenizer = open_checkpoint(args.model, args.revision, finite=not args.stream, encoder_decoder=True)
     teacher = None
     if args.teacher is not None and args.loss == "kd_topk":
-        folder = find_checkpoint(args.teacher, args.teacher_revision)
-        check_teacher(folder, load_config(path), tokenizer)
-        teacher = load_model(folder, args.calibration_dtype, _place(args))
+        teacher = find_checkpoint(args.teacher, args.teacher_revision)
+        check_teacher(teacher, load_config(path), tokenizer, finite=not args.stream)
     documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
     if load_config(path).is_encoder_decoder:
         rows = take_rows(tokenize_pairs(documents, tokenizer, args.max_length), args.tokens, ("input_ids", "labels"))

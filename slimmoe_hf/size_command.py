@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 
 from slimmoe_hf.command_inputs import target_of
 from slimmoe_hf.families import DECODERS
-from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
+from slimmoe_hf.memory import Memory, inference_memory, training_memory
 from slimmoe_hf.plan import Target
+from slimmoe_hf.scoring_memory import scoring_memory
 from slimmoe_hf.shared_experts import is_shared
 from slimmoe_hf.sizing import (
     DTYPES,

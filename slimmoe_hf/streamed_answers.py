@@ -19,13 +19,18 @@ from rich import get_console
 from torch import Tensor
 
 from slimmoe_hf.answers import Answered, Answers, Texts, pad_texts
+from slimmoe_hf.atomic import write_text
 from slimmoe_hf.blocks import HEAD, Blocks
 from slimmoe_hf.cache_format import CacheSpec, Kind, text_key
-from slimmoe_hf.cache_writer import CacheWriter
+from slimmoe_hf.cache_writer import CacheWriter, processes
+from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.loading import weight_bytes
+from slimmoe_hf.pace import Pace
 from slimmoe_hf.walk import Walk
 
-_SHARE = 0.5  # of free memory that the hidden states of a group may take, where nobody says
+GROUP_SHARE = 0.5
+"""Of free memory, and of the free disk, that the hidden states of a group may take where nobody says."""
+_GROUP = "tokens-in-a-group"
 
 
 class StreamedAnswers:
@@ -47,7 +52,8 @@ class StreamedAnswers:
             dtype: What is computed in.
             device: What is computed on.
             work: A folder for what passes between layers.
-            memory: Bytes that this may take; None is half of what is free.
+            memory: Bytes that this may take; None is what was taken before in `work`, or else half of what is free of
+                memory, and of the disk.
 
         Raises:
             ValueError: As `blocks.Blocks` and `answers.Answers`.
@@ -55,12 +61,20 @@ class StreamedAnswers:
         self.blocks = Blocks(path, getattr(torch, dtype), device)
         self.config, self.dtype, self._path, self._work = self.blocks.config, self.blocks.dtype, path, work
         self.width = self.blocks.hidden_size
+        self._passes: int | None = None
         probe = torch.ones(1, 4, self.width, dtype=self.dtype, device=device)
         for _head in self.blocks.visit([HEAD]):
             self._at_head = Answers(self.blocks.model, kind, {"inputs_embeds": probe})
-        # A layer's inputs and its outputs are there at the same time.
-        room = int(psutil.virtual_memory().available * _SHARE) if memory is None else memory
-        self.tokens = room // (2 * self.width * self.dtype.itemsize)
+        self.tokens = self._taken_before() if memory is None else group_tokens(memory, self.width, self.dtype)
+
+    def _taken_before(self) -> int:
+        """The size of groups of a killed call, which the next one must share to go on where it was."""
+        file = self._work / _GROUP
+        if file.exists():
+            return int(file.read_text())
+        place = next(folder for folder in self._work.absolute().parents if folder.is_dir())
+        free = min(free_memory(), psutil.disk_usage(str(place)).free) // processes().num_processes
+        return group_tokens(int(free * GROUP_SHARE), self.width, self.dtype)
 
     @property
     def fingerprint(self) -> str | None:
@@ -76,9 +90,9 @@ class StreamedAnswers:
         one, hashed = sum(map(self.blocks.bytes, self.blocks.parts)), weight_bytes(self._path)
         line = f"up to {self.tokens:,} tokens in one pass over {one / 1e9:,.2f} GB of weights"
         if tokens:
-            passes = -(-tokens // max(1, self.tokens))
-            total = passes * one + hashed
-            line += f": {passes} for {tokens:,} tokens, {total / 1e9:,.2f} GB to read with the files' hash"
+            self._passes = -(-tokens // max(1, self.tokens))
+            total = self._passes * one + hashed
+            line += f": {self._passes} for {tokens:,} tokens, {total / 1e9:,.2f} GB to read with the files' hash"
             line += f" ({total / tokens:,.0f} bytes a token)"
         get_console().log(line)
 
@@ -88,6 +102,8 @@ class StreamedAnswers:
         The caller adds what it is given before it asks for more.
         """
         fresh = True
+        self._work.mkdir(parents=True, exist_ok=True)
+        write_text(self._work / _GROUP, str(self.tokens))
         for group in _groups(batches, self.tokens):
             if all(writer.holds(ids) for texts in group for ids in texts):
                 yield from ((texts, None) for texts in group)
@@ -105,6 +121,8 @@ class StreamedAnswers:
         walk = Walk(self.blocks, [pad_texts(texts) for texts in group], self._place(group, spec))
         walk.require_room(2, "a smaller --stream-memory")
         order = [*walk.forward_order(), HEAD]
+        if fresh:
+            walk.pace = Pace("the teacher's answers", self.blocks, order, [], walk.tokens, self._passes)
         for part in self.blocks.visit(order, fresh=order if fresh else ()):
             if part != HEAD:
                 walk.forward(part)
@@ -120,10 +138,21 @@ class StreamedAnswers:
         place = self._work / digest.hexdigest()[:16]
         if self._work.is_dir():
             for other in self._work.iterdir():
-                if other != place:
+                if other.is_dir() and other != place:
                     shutil.rmtree(other)
         place.mkdir(parents=True, exist_ok=True)
         return place
+
+
+def group_tokens(memory: int, width: int, dtype: torch.dtype) -> int:
+    """Tokens in a group: a layer's inputs and its outputs are there at the same time.
+
+    Args:
+        memory: Bytes that they may take.
+        width: D.
+        dtype: What is computed in.
+    """
+    return memory // (2 * width * dtype.itemsize)
 
 
 def _groups(batches: Iterable[Texts], tokens: int) -> Iterator[list[Texts]]:

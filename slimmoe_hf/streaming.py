@@ -10,7 +10,6 @@ Shape letters: N predicted tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,8 +20,8 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimmoe_hf.atomic import replacing, write_text
-from slimmoe_hf.blocks import EMBEDDINGS, HEAD, REST, Blocks
+from slimmoe_hf.atomic import replacing
+from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.calibration import (
     CALIBRATION_LOSSES,
     Seen,
@@ -34,20 +33,19 @@ from slimmoe_hf.calibration import (
     stack_layers,
     stored_config,
 )
-from slimmoe_hf.identity import combined
 from slimmoe_hf.loading import weight_files
+from slimmoe_hf.pace import Pace
 from slimmoe_hf.stats import ExpertStats, StatsMeta
+from slimmoe_hf.streamed_teacher import Kept, ask_teacher, predicted
 from slimmoe_hf.taps import Batch, LayerSums, Sweep, tapped
 from slimmoe_hf.walk import Walk, WalkFolder
-
-CHUNK_BYTES = 1 << 26
-"""Of float32 logits at a time; a loss holds several tensors of that size."""
 
 
 def stream_stats(
     path: Path,
     batches: Iterable[Batch],
     loss: str = "kd_topk",
+    teacher: Path | None = None,
     *,
     work: Path,
     dtype: str | torch.dtype = "float32",
@@ -57,17 +55,18 @@ def stream_stats(
 ) -> ExpertStats:
     """The statistics of `collect_stats`, of a checkpoint of which one layer at a time is in memory.
 
-    Its own teacher is the model itself. Killed, the same call continues with the layer that it was at.
+    Another teacher is asked first, in the same way. Killed, the same call continues with the layer that it was at.
 
     Args:
         path: Folder of the checkpoint.
         batches: As for `collect_stats`; their ids are held in memory.
         loss: `kd_topk` or `lm`.
+        teacher: Folder of the model to be faithful to, for `kd_topk`. Default: the model itself.
         work: A folder for the inputs of all layers (tokens x model width x layers); the caller takes it away when the
             statistics are safe.
         dtype: What is computed in.
         device: What is computed on.
-        overwrite: Begin anew where `work` holds the work of another request.
+        overwrite: Begin anew where `work` holds the work of another request. That of the same one is continued.
         progress: Show a progress bar.
 
     Returns:
@@ -85,11 +84,16 @@ def stream_stats(
     blocks = Blocks(path, kind, torch.device(device))
     request = {
         "weights": _state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
-        "device": torch.device(device).type,
+        "device": blocks.device.type, "teacher": None if teacher is None else _state(teacher),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
-        sweep = _Sweep(Walk(blocks, given, folder.path / "layers"), loss_named(loss))
-        layers = sweep.run(progress)
+        walk, kept = Walk(blocks, given, folder.path / "layers"), None
+        walk.require_room(walk.layers + 2, "fewer --tokens")
+        if teacher is not None:
+            assert loss == "kd_topk", "no other loss looks at a teacher"
+            size, place = blocks.config.vocab_size, folder.path / "teacher"
+            kept = ask_teacher(teacher, given, size, place, kind, blocks.device, progress)
+        layers = _Sweep(walk, loss_named(loss), kept).run(progress)
     views = blocks.views
     return ExpertStats(
         meta=StatsMeta(
@@ -98,8 +102,9 @@ def stream_stats(
             layers=[view.index for view in views if view.experts is not None],
             loss=loss,
             data_sha256=seen.sha256,
-            model_sha256=combined(sweep.digests()),
+            model_sha256=walk.weights_sha256(),
             fingerprint=blocks.fingerprint(),
+            teacher_sha256=None if kept is None else kept.weights_sha256,
             tokens=seen.tokens,
             sequences=seen.sequences,
         ),
@@ -131,8 +136,8 @@ def _digest(batch: Batch) -> str:
 class _Sweep:
     """The way forth and back over all layers."""
 
-    def __init__(self, walk: Walk, loss: TokenLoss) -> None:
-        self.walk, self.blocks, self._loss, self._sweep = walk, walk.blocks, loss, Sweep()
+    def __init__(self, walk: Walk, loss: TokenLoss, kept: Kept | None) -> None:
+        self.walk, self.blocks, self._loss, self._kept, self._sweep = walk, walk.blocks, loss, kept, Sweep()
 
     def run(self, progress: bool) -> list[dict[str, Tensor]]:
         """All that is not done yet; the statistics of every layer."""
@@ -141,8 +146,8 @@ class _Sweep:
         forth = [] if turned else [*walk.forward_order(), HEAD]
         back = list(reversed(range(min([*walk.have("sums"), last]))))
         order = [*forth, *back]
-        walk.require_room(last + 2, "fewer --tokens")
         self._announce(order)
+        walk.pace = Pace("scoring", self.blocks, forth, back, walk.tokens)
         passed = set(forth)
         visits = self.blocks.visit(order, fresh=forth, hashed=True)
         for part in track(visits, "Scoring", total=len(order), disable=not progress):
@@ -153,24 +158,17 @@ class _Sweep:
                 self._back(part)
         return [load_file(walk.file("sums", layer)) for layer in range(last)]
 
-    def digests(self) -> dict[str, str]:
-        """Hashes of all weights, those included that an earlier process has read."""
-        found = dict(self.blocks.digests[REST])
-        for part in self.blocks.parts:
-            found |= json.loads(self.walk.file("hashes", part + 2).read_text())
-        return found
-
     def _announce(self, order: list[int]) -> None:
         unique = [part for at, part in enumerate(order) if part not in order[max(0, at - 2) : at]]
         read = sum(self.blocks.bytes(part) for part in unique)
-        tokens = sum(batch["input_ids"].numel() for batch in self.walk.batches)
+        tokens = self.walk.tokens
         get_console().log(
             f"{tokens:,} tokens in one pass; {read / 1e9:,.2f} GB of weights to read ({read / tokens:,.0f} bytes a token), "
             f"up to {(self.walk.layers + 2) * self.walk.bytes / 1e9:,.2f} GB of layer inputs on the disk"
         )
 
     def _forth(self, part: int) -> None:
-        write_text(self.walk.file("hashes", part + 2), json.dumps(self.blocks.digests[part]))
+        self.walk.note_hashes(part)
         if part == HEAD:
             self.walk.write("gradients", self.walk.layers, self._at_head)
             self.walk.file("inputs", self.walk.layers).unlink(missing_ok=True)
@@ -183,18 +181,19 @@ class _Sweep:
 
     def _at_head(self, number: int) -> Tensor:
         """The gradient of a batch's loss by the last layer's output, `[B, T, D]`."""
-        hidden_BTD = self.walk.read("inputs", self.walk.layers, number)
-        labels_N = next_tokens(self.walk.on_device(number)).flatten()
-        places_N = (labels_N != -100).nonzero().squeeze(-1)
-        gradient_BTD = torch.zeros_like(hidden_BTD)
-        size = max(1, CHUNK_BYTES // (4 * self.blocks.config.vocab_size))
-        for places in places_N.split(size):
-            hidden_ND = hidden_BTD.flatten(0, 1)[places].requires_grad_(True)
+        hidden_BTD, batch = self.walk.read("inputs", self.walk.layers, number), self.walk.on_device(number)
+        labels_N, gradient_BTD, first = next_tokens(batch).flatten(), torch.zeros_like(hidden_BTD), 0
+        for places_N in predicted(batch, self.blocks.config.vocab_size):
+            hidden_ND = hidden_BTD.flatten(0, 1)[places_N].requires_grad_(True)
             with torch.enable_grad():
                 logits_NV = self.blocks.logits(hidden_ND)
-                value = self._loss(logits_NV, logits_NV.detach(), labels_N[places]).sum()
+                if self._kept is not None:
+                    value = self._kept.loss(logits_NV, number, first).sum()
+                else:
+                    value = self._loss(logits_NV, logits_NV.detach(), labels_N[places_N]).sum()
             require_finite(value, number)
-            (gradient_BTD.view(-1, gradient_BTD.shape[-1])[places],) = torch.autograd.grad(value, hidden_ND)
+            (gradient_BTD.view(-1, gradient_BTD.shape[-1])[places_N],) = torch.autograd.grad(value, hidden_ND)
+            first += len(places_N)
         return gradient_BTD
 
     def _back(self, layer: int) -> None:

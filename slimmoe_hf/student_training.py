@@ -10,9 +10,9 @@ from rich import get_console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.progress import TrainingProgress
-from slimmoe_hf.recipe import memory_bytes
 from slimmoe_hf.resumption import last_complete_checkpoint
 from slimmoe_hf.serving import add_biases, write_serving_config
 from slimmoe_hf.teacher import offloaded

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -32,6 +31,7 @@ from trl.models import prepare_deepspeed
 
 from slimmoe_hf.cache_format import base_vocabulary
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.identity import model_fingerprint, row_fingerprint
 from slimmoe_hf.logit_losses import apply_head
 from slimmoe_hf.losses import shared_vocabulary
@@ -316,7 +316,7 @@ def offloaded(memory: int, device: torch.device) -> dict[str, Any]:
         return {}
     return {
         "device_map": "auto",
-        "max_memory": {device.index or 0: memory, "cpu": psutil.virtual_memory().available},
+        "max_memory": {device.index or 0: memory, "cpu": free_memory()},
     }
 
 

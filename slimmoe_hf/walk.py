@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from slimmoe_hf.atomic import PARTIAL, flush_entry, write_text
-from slimmoe_hf.blocks import EMBEDDINGS, Blocks
+from slimmoe_hf.blocks import EMBEDDINGS, REST, Blocks
+from slimmoe_hf.identity import combined
+from slimmoe_hf.pace import Pace
 
 Batch = Mapping[str, Tensor]
 _REQUEST, _LOCK = "request.json", ".lock"
@@ -37,7 +40,7 @@ class WalkFolder:
         Args:
             folder: Where what passes between layers is kept.
             request: What decides the result, as JSON has it.
-            overwrite: Begin anew.
+            overwrite: Begin anew where another request's work is there.
 
         Raises:
             ValueError: What is there is of another request, or another process is at work on it.
@@ -57,17 +60,18 @@ class WalkFolder:
             raise ValueError(f"{folder}: holds files that slimmoe did not write ({strange[0]}). Give another --output.")
         asked = json.loads(json.dumps(request))
         file = folder / _REQUEST
-        if file.exists() and not overwrite:
-            begun = json.loads(file.read_text())
-            if differing := sorted(key for key in begun | asked if begun.get(key) != asked.get(key)):
-                self._lock.release()
-                raise ValueError(
-                    f"{folder}: holds unfinished work of another request ({', '.join(differing)} differ). Give that one's "
-                    "arguments to continue it, --overwrite to start over, or another --output."
-                )
-        else:
-            _empty(folder)
-            write_text(file, json.dumps(asked))
+        begun = json.loads(file.read_text()) if file.exists() else None
+        if begun == asked:
+            return
+        if begun is not None and not overwrite:
+            differing = sorted(key for key in begun | asked if begun.get(key) != asked.get(key))
+            self._lock.release()
+            raise ValueError(
+                f"{folder}: holds unfinished work of another request ({', '.join(differing)} differ). Give that one's "
+                "arguments to continue it, --overwrite to start over, or another --output."
+            )
+        _empty(folder)
+        write_text(file, json.dumps(asked))
 
     def __enter__(self) -> WalkFolder:
         return self
@@ -88,6 +92,8 @@ class Walk:
     Attributes:
         blocks: The model. batches: As it takes them, in host memory.
         layers: How many decoder layers it has.
+        tokens: Of all batches, padding included.
+        pace: Is told how fast it goes; None where nobody wants to know.
     """
 
     def __init__(self, blocks: Blocks, batches: Sequence[Batch], folder: Path) -> None:
@@ -100,6 +106,8 @@ class Walk:
         """
         self.blocks, self.batches, self._folder = blocks, batches, folder
         self.layers = len(blocks.views)
+        self.tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.pace: Pace | None = None
         self._shapes = [(*batch["input_ids"].shape, blocks.hidden_size) for batch in batches]
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -125,6 +133,17 @@ class Walk:
                 f"{self._folder}: the inputs of {files} layers take {needed / 1e9:,.1f} GB and the disk has "
                 f"{free / 1e9:,.1f} GB free. Give {remedy}, or an --output on a larger disk."
             )
+
+    def note_hashes(self, part: int) -> None:
+        """Keep the hashes of the part in hand, which has just been read for the first time."""
+        write_text(self.file("hashes", part + 2), json.dumps(self.blocks.digests[part]))
+
+    def weights_sha256(self) -> str:
+        """`identity.model_sha256` of the model, once all its parts have been noted, by whatever process."""
+        found = dict(self.blocks.digests[REST])
+        for part in self.blocks.parts:
+            found |= json.loads(self.file("hashes", part + 2).read_text())
+        return combined(found)
 
     def forward_order(self) -> list[int]:
         """The parts that are still to be passed on the way to the head."""
@@ -174,12 +193,16 @@ class Walk:
         partial = final.with_name(PARTIAL + final.name)
         with partial.open("wb", buffering=0) as stream:
             for number, shape in enumerate(self._shapes):
+                started = time.perf_counter()
                 made = make(number)
                 assert made.shape == torch.Size(shape) and made.dtype == self.blocks.dtype, (made.shape, made.dtype)
                 content: Any = made.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
                 left = memoryview(content)
                 while left:
                     left = left[stream.write(left) :]
+                if self.pace is not None and (layer < self.layers if kind == "gradients" else layer > 0):
+                    size = torch.Size(shape[:-1]).numel()
+                    self.pace.saw(kind, len(self._shapes), number, size, time.perf_counter() - started)
             os.fsync(stream.fileno())
         partial.replace(final)
         flush_entry(self._folder)

@@ -108,10 +108,6 @@ def greedy_calibration(home: Path, recipe: Values) -> None:
     recipe["stages"][0]["calibration"]["tokens"] = 10_000_000
 
 
-def streamed_against_another(home: Path, recipe: Values) -> None:
-    recipe["stages"][1]["calibration"]["stream"] = True
-
-
 def large_tokenizer(home: Path, recipe: Values) -> None:
     tokenizer = tiny_tokenizer().__class__.from_pretrained(home / "teacher")
     tokenizer.add_tokens(["<|extra|>"])
@@ -175,7 +171,6 @@ BAD_RECIPES: list[tuple[Callable[[Path, Values], None], str]] = [
     (no_tokenizer, "teacher: no usable tokenizer"),
     (empty_data, "text.jsonl: the file is empty"),
     (short_data, "text.jsonl (validation): the data has"),
-    (streamed_against_another, "stages.1.calibration.stream: kd_topk is streamed only against the model itself"),
     (greedy_calibration, "calibration asks for 10000000 tokens, which is all the training data there is"),
     (large_tokenizer, "its tokenizer has 321 tokens, the model embeddings for 320"),
     (other_teacher, "the student has 320 ids, the teacher 256, and the tokenizer emits 320"),

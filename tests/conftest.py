@@ -49,3 +49,19 @@ def routing_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         "sparsemixer",
         lambda scores, jitter_eps, training, top_k: sparsemixer(scores, jitter_eps, False),
     )
+
+
+@pytest.fixture
+def as_loud_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cli.main` silences this whole process, which other tests listen to."""
+    from slimmoe_hf import commands
+
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The parts of streamed models that are read, in order."""
+    from streams import count_reads
+
+    return count_reads(monkeypatch)

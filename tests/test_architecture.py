@@ -13,12 +13,13 @@ LEAVES = {
     "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config", "shared_experts", "own_form",
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
-    "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk",
+    "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk", "pace", "free_memory",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
     "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
     "merged_forms",
+    "streamed_teacher",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
@@ -29,6 +30,8 @@ JOINTS = {
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
     "hub", "run_card", "harness", "student_training", "merge_command", "scoring", "auto_classes", "export_command",
+    "scoring_memory", "machines",
+    "remedies",
     "plots",
 }  # fmt: skip
 

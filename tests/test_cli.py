@@ -24,7 +24,7 @@ from tiny import save_tiny
 from slimmoe_hf import cli, commands, parsers, student_training
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
 from slimmoe_hf.loading import load_model, weights_sha256
-from slimmoe_hf.outlook import MACHINES
+from slimmoe_hf.machines import MACHINES
 
 COMMANDS = (
     "env",

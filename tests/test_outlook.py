@@ -13,8 +13,9 @@ from rich.console import Console
 from tiny import save_tiny, tiny_batch
 
 from slimmoe_hf.loading import load_model
+from slimmoe_hf.machines import MACHINES, Machine
 from slimmoe_hf.memory import training_memory
-from slimmoe_hf.outlook import MACHINES, Machine, Step, check_room, optimizer_of, outlook, shown_steps
+from slimmoe_hf.outlook import Step, check_room, optimizer_of, outlook, shown_steps
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import Outline, outline, read_text
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, parse_recipe

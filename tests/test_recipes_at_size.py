@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from slimmoe_hf.disk import expected_shapes
 from slimmoe_hf.evaluation import count_parameters
 from slimmoe_hf.families import shape_of
+from slimmoe_hf.machines import MACHINES
 from slimmoe_hf.memory import cache_bytes_per_token
-from slimmoe_hf.outlook import MACHINES, Step, check_room, outlook
+from slimmoe_hf.outlook import Step, check_room, outlook
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import outline
 from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe

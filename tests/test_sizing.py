@@ -29,10 +29,10 @@ from slimmoe_hf.memory import (
     cache_bytes_per_token,
     inference_memory,
     meta_model,
-    scoring_memory,
     training_memory,
 )
 from slimmoe_hf.plan import Target
+from slimmoe_hf.scoring_memory import scoring_memory
 from slimmoe_hf.size_command import size
 from slimmoe_hf.sizing import (
     parameter_counts,

@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import rich
 import torch
-from recipes import tiny_recipe
 from runs import in_child, unequal_rows
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB_SIZE, decoder_only, save_tiny, tiny_batch, tiny_model, tiny_tokenizer, write_text
+from streams import one_error, packed, scoring, stopping, text, worst
+from tiny import VOCAB_SIZE, decoder_only, save_tiny, tiny_model, tiny_tokenizer, write_text
 
-from slimmoe_hf import Target, cli, commands, make_plan, pipeline, run_recipe
+from slimmoe_hf import Target, cli, make_plan
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.loading import load_model
-from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.walk import Walk
@@ -39,43 +38,6 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "model")
     write_text(folder / "text.jsonl")
     return folder
-
-
-def text() -> list[dict[str, torch.Tensor]]:
-    """Two batches, of unequal length, one padded."""
-    first, second = tiny_batch(rows=3), tiny_batch(rows=2, length=17, seed=1)
-    second["attention_mask"][1, 9:] = 0
-    return [first, second]
-
-
-def packed() -> list[dict[str, torch.Tensor]]:
-    """A row of two documents."""
-    ids = tiny_batch(rows=2)["input_ids"].reshape(1, -1)
-    return [{"input_ids": ids, "position_ids": torch.arange(24).repeat(2).unsqueeze(0)}]
-
-
-def worst(one: ExpertStats, other: ExpertStats) -> float:
-    """The largest relative difference, norm-wise per expert, of any statistic."""
-    found = []
-    for name, tensor in one.tensors().items():
-        pair = [each.flatten(0, -2) for each in (tensor, other.tensors()[name])]
-        assert pair[0].shape == pair[1].shape, name
-        found.append(((pair[0] - pair[1]).norm(dim=-1) / pair[1].norm(dim=-1).clamp(min=1e-30)).max().item())
-    return max(found)
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The parts of models that are read, in order."""
-    parts: list[int] = []
-    real = Blocks.read
-
-    def counted(self: Blocks, part: int, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        parts.append(part)
-        return real(self, part, *args, **kwargs)
-
-    monkeypatch.setattr(Blocks, "read", counted)
-    return parts
 
 
 @pytest.mark.parametrize("loss", CALIBRATION_LOSSES)
@@ -152,23 +114,6 @@ def test_only_the_part_in_hand_has_weights(tmp_path: Path):
     assert all(weight.is_meta for name, weight in blocks.model.named_parameters() if "norm" not in name)
 
 
-def stopping(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Stop in the middle of the so-manyeth file of hidden states or gradients."""
-    real, done = Walk.write, [0]
-
-    def write(self: Walk, kind: str, layer: int, make: Callable[[int], torch.Tensor]) -> None:
-        done[0] += 1
-
-        def made(number: int) -> torch.Tensor:
-            if done[0] == writes and number == 1:
-                raise KeyboardInterrupt
-            return make(number)
-
-        real(self, kind, layer, made)
-
-    monkeypatch.setattr(Walk, "write", write)
-
-
 # Two layers write: embeddings, 0, 1, the head, then back 1, 0. Next to each, what a second start has to read.
 READS = [[EMBEDDINGS, 0, 1, HEAD, 0], [0, 1, HEAD, 0], [1, HEAD, 0], [HEAD, 1, 0], [1, 0], [0]]
 
@@ -204,25 +149,6 @@ def _score_and_die(argv: list[str]) -> None:
     cli.main(argv)
 
 
-@pytest.fixture
-def as_loud_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`main` silences this whole process, which other tests listen to."""
-    monkeypatch.setattr(commands, "be_quiet", lambda: None)
-
-
-def one_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    capsys.readouterr()
-    assert cli.main(list(argv)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def scoring(origin: Path, *more: str) -> list[str]:
-    data = ["--data", str(origin / "text.jsonl"), "--max-length", "64", "--tokens", "1024"]
-    return ["score", str(origin / "model"), *data, *more]
-
-
 @pytest.mark.usefixtures("as_loud_as_before")
 def test_a_killed_command_continues_and_leaves_what_the_one_in_memory_leaves(
     origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -245,8 +171,6 @@ def test_a_killed_command_continues_and_leaves_what_the_one_in_memory_leaves(
 @pytest.mark.usefixtures("as_loud_as_before")
 def test_what_cannot_be_streamed_is_one_line(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model, output = str(origin / "model"), ["--output", str(tmp_path / "out")]
-    message = one_error(capsys, *scoring(origin, "--stream", "--teacher", model, *output))
-    assert "--stream scores with kd_topk against the model itself only. Leave --teacher out" in message
     write = ["cache", "write", model, "--data", str(origin / "text.jsonl"), *output]
     assert "it goes with --stream" in one_error(capsys, *write, "--stream-memory", "1GB")
     assert "--stream-memory much: not a size" in one_error(capsys, *write, "--stream", "--stream-memory", "much")
@@ -302,25 +226,6 @@ def test_another_request_is_refused_and_overwrite_begins_anew(origin: Path, tmp_
         stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False)
     anew = stream_stats(origin / "model", text()[:1], work=tmp_path, progress=False, overwrite=True)
     assert worst(anew, collect_stats(load_model(origin / "model"), text()[:1], progress=False)) < 1e-5
-
-
-def test_a_recipe_may_stream_its_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    values = tiny_recipe(tmp_path)
-    values["stages"] = values["stages"][:1]
-    values["stages"][0] |= {"calibration": {"tokens": 512, "stream": True}, "distillation": {"max_steps": 1}}
-    values["evaluation"] = {"tokens": 200, "max_new_tokens": 1}
-
-    def enough(*_arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "collect_stats", None)
-    monkeypatch.setattr(pipeline, "make_plan", enough)
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(parse_recipe(values, "recipe"))
-    stage = tmp_path / "run" / "stage-1"
-    assert [path.name for path in stage.iterdir()] == ["stats.safetensors"]
-    stats = ExpertStats.load(stage / "stats.safetensors")
-    assert stats.meta.loss == "kd_topk" and stats.meta.tokens >= 512 and stats.taylor_LEF.sum() > 0
 
 
 def write(model: Path, folder: Path, **more: Any) -> TeacherCache:

@@ -31,8 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Tra
 
 from slimmoe_hf import DistillationConfig, DistillationTrainer, lora_config
 from slimmoe_hf.calibration import collect_stats
-from slimmoe_hf.memory import Memory, inference_memory, scoring_memory, training_memory
+from slimmoe_hf.memory import Memory, inference_memory, training_memory
 from slimmoe_hf.peak import PeakMemory
+from slimmoe_hf.scoring_memory import scoring_memory
 
 # Freed memory goes back at once, and oneDNN keeps no work buffers between matrix products.
 CALM = {

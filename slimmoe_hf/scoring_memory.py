@@ -1,0 +1,150 @@
+"""How much memory scoring takes: of a model that is in memory, and of models that stream by. From the config alone.
+
+As in `memory`, what a layer does is found by running it on tensors without values. Streaming, the part in hand has its
+weights where it computes, and the next one waits in host memory as it is stored.
+
+Shape letters: B rows, T tokens per row, V vocabulary, S routed token-expert pairs, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from slimmoe_hf import answers, streamed_teacher
+from slimmoe_hf.cache_writer import SHARD_BYTES
+from slimmoe_hf.calibration import KD_TOP_K
+from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.losses import forward_kl
+from slimmoe_hf.memory import Memory, meta_model, phases_of
+from slimmoe_hf.stats import ExpertStats
+
+_COPIES = 6
+"""Tensors of a chunk's logits that the loss and its gradient hold together, or a teacher's answers (measured on a CPU)."""
+
+
+def scoring_memory(
+    config: PreTrainedConfig, *, batch: int = 8, length: int = 1024, dtype: torch.dtype = torch.float32
+) -> Memory:
+    """Memory of `collect_stats` with the model as its own teacher: frozen weights, no checkpointing.
+
+    Args:
+        config: The model's.
+        batch: B, rows at a time.
+        length: T, tokens per row.
+        dtype: Of the weights.
+
+    Raises:
+        ValueError: As `family_of`.
+    """
+    phases = phases_of(config, dtype, batch, length, _score)
+    held = shape_of(config).layers * _taps(config, batch, length, dtype)
+    recording = _recording(config, batch, length)
+    name = max(("head", "top"), key=lambda each: phases[each].peak + recording * (each == "top"))
+    phase = phases[name]
+    parts = {
+        "weights": sum(_parts(config)) * dtype.itemsize, "activations": phase.activations + held,
+        "statistics": shape_of(config).layers * _sums(config),
+        "logits and loss" if name == "head" else "working set":
+            phase.peak - phase.activations + (recording if name == "top" else 0),
+    }  # fmt: skip
+    return Memory(use="scoring", parts=parts, peak=name)
+
+
+def streamed_scoring_memory(
+    config: PreTrainedConfig, *, batch: int, length: int, dtype: torch.dtype, stored: torch.dtype
+) -> Memory:
+    """Memory of `stream_stats`; `host` is what is read ahead, on a CPU on top of the rest.
+
+    Args:
+        config: The model's.
+        batch: B, rows at a time.
+        length: T, tokens per row.
+        dtype: What is computed in. stored: What the checkpoint is in.
+
+    Raises:
+        ValueError: As `family_of`.
+    """
+    top = phases_of(config, dtype, batch, length, _score)["top"]
+    layer = _sums(config) + _taps(config, batch, length, dtype) + _recording(config, batch, length)
+    chunk = min(streamed_teacher.CHUNK_BYTES, batch * length * config.vocab_size * 4)
+    return _streamed("streamed scoring", config, dtype, stored, layer + top.peak - top.activations, _COPIES * chunk)
+
+
+def streamed_answers_memory(
+    config: PreTrainedConfig, *, batch: int, length: int, dtype: torch.dtype, stored: torch.dtype, device: str
+) -> Memory:
+    """Memory of a streamed teacher that writes a cache or is asked while another model is scored; `host` as above.
+
+    Args:
+        config: Its own.
+        batch: B, texts at a time.
+        length: T, tokens of each.
+        dtype: What is computed in. stored: What the checkpoint is in.
+        device: Type of the device.
+
+    Raises:
+        ValueError: As `family_of`.
+    """
+    forward = phases_of(config, dtype, batch, length, _pass)["forward"]
+    size = max(answers.CHUNK_BYTES.get(device, answers.LARGE_CHUNK), streamed_teacher.CHUNK_BYTES)
+    chunk = min(size, batch * length * config.vocab_size * 4)
+    found = _streamed("streamed answers", config, dtype, stored, forward.peak, _COPIES * chunk)
+    return found.model_copy(update={"host": found.host + SHARD_BYTES})
+
+
+def _streamed(
+    use: str, config: PreTrainedConfig, dtype: torch.dtype, stored: torch.dtype, layer: int, head: int
+) -> Memory:
+    """The larger of two moments: a layer at work, and the head with the last layer still there."""
+    largest, at_head = _parts(config)[0], _parts(config)[2]
+    moments = {
+        "layer": {"weights": largest * dtype.itemsize, "working set": layer},
+        "head": {"weights": (largest + at_head) * dtype.itemsize, "logits and loss": head},
+    }
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(use=use, parts=moments[peak], peak=peak, host=largest * stored.itemsize)
+
+
+def _parts(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Parameters of the largest decoder layer, of all the others with the rest, and of the output head."""
+    model: Any = meta_model(config)
+    count = {id(module): sum(weight.numel() for weight in module.parameters()) for module in model.modules()}
+    layers = [count[id(layer)] for layer in model.get_submodule(family_of(config).layers)]
+    return max(layers), count[id(model)] - max(layers), count[id(model.get_output_embeddings())]
+
+
+def _sums(config: PreTrainedConfig) -> int:
+    """Bytes of a layer's statistics while they are taken."""
+    shape = shape_of(config)
+    return shape.num_experts * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 3 + shape.num_experts) * 8
+
+
+def _taps(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of a layer's neuron activations and head outputs, which frozen weights alone would not ask for."""
+    shape = shape_of(config)
+    pairs = batch * length * shape.top_k
+    return (pairs * shape.expert_width + batch * length * shape.query_heads * shape.head_width) * dtype.itemsize
+
+
+def _recording(config: PreTrainedConfig, batch: int, length: int) -> int:
+    """Bytes while a tap records: activation, gradient, their product and one of its squares, in float32."""
+    shape = shape_of(config)
+    return 4 * batch * length * shape.top_k * shape.expert_width * 4
+
+
+def _score(model: Any, ids: Tensor, _other: Any) -> None:
+    """What `collect_stats` does with a batch, without the taps."""
+    model.eval().requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    logits_NV = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+    forward_kl(logits_NV, logits_NV.detach(), top_k=KD_TOP_K, add_tail=False).sum().backward()
+
+
+def _pass(model: Any, ids: Tensor, _other: Any) -> None:
+    """A forward pass for what comes out of the last layer."""
+    with torch.no_grad():
+        model.eval()(input_ids=ids, use_cache=False, logits_to_keep=1)
