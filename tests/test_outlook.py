@@ -12,6 +12,7 @@ from recipes import tiny_recipe
 from rich.console import Console
 from tiny import save_tiny, tiny_batch
 
+from slimmoe_hf import machines
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.machines import MACHINES, Machine
 from slimmoe_hf.memory import training_memory
@@ -19,6 +20,7 @@ from slimmoe_hf.outlook import Step, check_room, optimizer_of, outlook, shown_st
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import Outline, outline, read_text
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, parse_recipe
+from slimmoe_hf.remedies import remedies
 from slimmoe_hf.rundir import CACHE
 
 CPU = Machine("a CPU", 10**9, None, 1e9, 1e9)
@@ -88,6 +90,72 @@ def test_a_streamed_sweep_needs_two_layers_and_a_disk(tmp_path: Path):
         check_room([large], GPU, 10**9 // 2)
     with pytest.raises(ValueError, match=r"stage-1/score .* Lower stages\.0\.calibration\.batch_size"):
         check_room([streamed], dataclasses.replace(GPU, memory=streamed.memory // 2), None)
+
+
+def test_a_streamed_sweep_against_a_teacher_holds_a_layer_of_either(tmp_path: Path):
+    """In memory both are there at once; a streamed one is asked first and gone then."""
+    more = {"tokens": 512, "loss": "kd_topk"}
+    own, other = planned(tmp_path, GPU, calibration={**more, "stream": True})[2], None
+    values = tiny_recipe(tmp_path)
+    values["teacher"] = str(save_tiny(tmp_path / "original", seed=1, intermediate_size=1024))
+    values["stages"][0]["calibration"] = {**more, "stream": True}
+    recipe = parse_recipe(values, "recipe.yaml")
+    other = outlook(recipe, outline(recipe), GPU)
+    whole, streamed = (next(step for step in steps if step.name == "stage-1/score") for steps in (own, other))
+    assert streamed.host > 5 * whole.host, "the teacher's layer, which is read ahead, is the larger one"
+    assert streamed.seconds > whole.seconds and streamed.passing == whole.passing
+
+
+def test_a_streamed_teacher_cache_needs_a_layer_and_a_disk(tmp_path: Path):
+    recipe = parse_recipe(tiny_recipe(tmp_path), "recipe.yaml")
+
+    def asked(machine: Machine, **settings: object) -> Step:
+        cached = recipe.model_copy(update={"teacher_cache": TeacherCacheSpec(**settings)})
+        found = outline(cached)
+        steps = outlook(cached, found, machine, read_text(cached, found.tokenizer))
+        return next(step for step in steps if step.name == CACHE)
+
+    whole, streamed = asked(GPU), asked(GPU, stream=True, stream_memory="100KB")
+    assert streamed.disk == whole.disk and streamed.passing == 10**5
+    assert "a layer at a time, " in streamed.what and "times over its weights" in streamed.what
+    assert asked(GPU, stream=True).passing == 0, "it takes what the disk has"
+    large = dataclasses.replace(streamed, passing=10**9)
+    with pytest.raises(ValueError, match=r"0\.5 GB are free on the disk\. .* lower teacher_cache\.stream_memory"):
+        check_room([large], GPU, 10**9 // 2)
+
+
+def test_a_dry_run_on_a_small_machine_names_the_settings_that_make_each_step_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """And they do: the recipe that follows them is planned without an error."""
+    values = tiny_recipe(tmp_path)
+    for stage in values["stages"]:
+        stage["calibration"] = {"tokens": 512, "loss": "lm", "batch_size": 64}
+    recipe = parse_recipe(values, "recipe.yaml")
+    steps = outlook(recipe, outline(recipe), GPU)
+    scoring = [step for step in steps if step.name.endswith("/score")]
+    rest = max(step.memory for step in steps if step not in scoring)
+    small = dataclasses.replace(GPU, name="a small GPU", memory=rest)
+    assert all(step.memory * 0.85 > rest for step in scoring)
+    monkeypatch.setitem(machines.MACHINES, "small", small)
+    with pytest.raises(ValueError, match=r"stage-1/score needs about .* a small GPU"):
+        run_recipe(recipe, tmp_path / "run", dry_run=True, machine="small")
+    said = [line for line in capsys.readouterr().out.splitlines() if "/score: " in line]
+    assert len(said) == 2 and all(f"Set stages.{number}.calibration.stream: true" in said[number] for number in (0, 1))
+    for number, stage in enumerate(values["stages"]):
+        stage["calibration"] |= {"stream": True} | ({"batch_size": 1} if "batch_size: 1" in said[number] else {})
+    assert run_recipe(parse_recipe(values, "recipe.yaml"), tmp_path / "run", dry_run=True, machine="small") is None
+
+
+def test_what_no_setting_makes_fit_is_said_to_need_a_larger_machine(tmp_path: Path):
+    recipe, _, steps = planned(tmp_path, GPU)
+    tiny = dataclasses.replace(GPU, memory=1000)
+    lines = remedies(recipe, steps, tiny, None, elsewhere=True)
+    distil = next(line for line in lines if line.startswith("stage-1/distil"))
+    assert (
+        "it still needs" in distil and "take a larger machine (A100-80GB, H100-80GB, A6000-48GB, 4090-24GB)" in distil
+    )
+    assert "teacher_cache: {stream: true} and stages.0.distillation.per_device_train_batch_size: 1" in distil
 
 
 def test_an_offloaded_teacher_moves_from_the_gpu_to_the_host(tmp_path: Path):

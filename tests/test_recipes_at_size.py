@@ -20,7 +20,8 @@ from slimmoe_hf.memory import cache_bytes_per_token
 from slimmoe_hf.outlook import Step, check_room, outlook
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import outline
-from slimmoe_hf.recipe import Recipe, load_recipe, parse_recipe
+from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, load_recipe, parse_recipe
+from slimmoe_hf.remedies import remedies
 from slimmoe_hf.shards import ShardWriter, read_header
 from slimmoe_hf.yaml_files import read_yaml
 
@@ -84,6 +85,26 @@ def test_a_shipped_recipe_fits_its_machine_and_its_header_says_what_the_dry_run_
     ]
     cache = int(re.search(r"258 bytes a token: (\d+) GB", header)[1])
     assert cache_bytes_per_token(32064) == 258 and cache == round(sum(trained) * 258 / 1e9)
+
+
+def test_a_dry_run_of_the_phi_recipe_on_24_gb_says_what_changes(tmp_path: Path):
+    config_folder(tmp_path, "phimoe", PHI)
+    recipe = load_recipe(EXAMPLES / "phi-mini-moe.yaml").model_copy(update={"model": str(tmp_path)})
+    machine = MACHINES["4090-24GB"]
+    lines = remedies(recipe, outlook(recipe, outline(recipe), machine), machine, None, elsewhere=True)
+    assert [line.split(":")[0] for line in lines] == ["stage-1/distil", "stage-2/distil"], "the rest streams"
+    assert all("take a larger machine (A100-80GB, H100-80GB" in line for line in lines)
+    assert "A6000-48GB" in lines[1] and "A6000-48GB" not in lines[0]
+    stages = [
+        stage.model_copy(update={"calibration": stage.calibration.model_copy(update={"stream": False})})
+        for stage in recipe.stages
+    ]
+    held = recipe.model_copy(update={"stages": stages, "teacher_cache": TeacherCacheSpec(batch_size=16)})
+    lines = remedies(held, outlook(held, outline(held), machine), machine, None, elsewhere=True)
+    said = {line.split(":")[0]: line for line in lines}
+    assert "Set teacher_cache.stream: true: " in said["teacher-cache"]
+    assert "Set stages.0.calibration.stream: true: " in said["stage-1/score"]
+    assert "Set stages.1.calibration.stream: true: " in said["stage-2/score"]
 
 
 def parameters(recipe: Recipe) -> int:

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from streams import one_error, packed, scoring, stopping, text, worst
 from tiny import VOCAB_SIZE, decoder_only, save_tiny, tiny_model, tiny_tokenizer, write_text
 
-from slimmoe_hf import Target, cli, make_plan
+from slimmoe_hf import Target, cli, make_plan, streamed_answers
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.cache_writer import CacheWriter
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streamed_answers import StreamedAnswers
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.walk import Walk
 
@@ -263,6 +265,11 @@ def test_a_group_reads_the_checkpoint_once_and_no_group_is_larger_than_allowed(
     tokens = sum(len(row["input_ids"]) for row in ROWS)
     shown = " ".join(capsys.readouterr().out.split())
     assert "up to 130 tokens in one pass over 0.00 GB of weights" in shown and f"for {tokens:,} tokens" in shown
+    passes = -(-tokens // 130)
+    assert (
+        f": {passes} for {tokens:,} tokens, " in shown and shown.count("the teacher's answers: about 1 s a pass, ") == 1
+    )
+    assert f" for {passes}, at the pace of the first layer: " in shown and "both measured on it" in shown
     groups = len(streamed.manifest.shards)
     assert read == [HEAD, *[EMBEDDINGS, 0, 1, HEAD] * groups] and 4 <= groups <= 6
     assert max(entry.answers + entry.texts for entry in streamed.manifest.shards) <= 130
@@ -271,22 +278,61 @@ def test_a_group_reads_the_checkpoint_once_and_no_group_is_larger_than_allowed(
     assert one == other
 
 
-@pytest.mark.parametrize("stopped", [2, 5])
-def test_a_stopped_streamed_cache_goes_on_with_the_layer_it_was_at(
-    stopped: int, origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stopped", "more"), [*((at, {}) for at in range(6)), (4, {"overwrite": True})])
+def test_a_stopped_streamed_cache_reads_nothing_twice_but_the_part_in_hand(
+    stopped: int, more: dict[str, bool], origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    """Every group writes three files: its embeddings, and the outputs of two layers."""
-    small = {"stream": True, "stream_memory": 260 * 2 * 32 * 4}
+    """Every group writes three files: its embeddings, and the outputs of two layers. The head is read once more, to look at."""
+    small = {"stream": True, "stream_memory": 260 * 2 * 32 * 4, **more}
     whole = write(origin / "model", tmp_path / "whole", **small)
     groups = len(shards(whole))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopping(patch, stopped)
+        stopping(patch, stopped + 1)
         write(origin / "model", tmp_path / "stopped", **small)
     read.clear()
     continued = write(origin / "model", tmp_path / "stopped", **small)
     assert shards(continued) == shards(whole)
-    rest = groups - 1 - (stopped > 3)
-    assert read == [HEAD, 0, 1, HEAD, *[EMBEDDINGS, 0, 1, HEAD] * rest]
+    rest = groups - 1 - stopped // 3
+    assert read == [HEAD, *[EMBEDDINGS, 0, 1, HEAD][stopped % 3 :], *[EMBEDDINGS, 0, 1, HEAD] * rest]
+
+
+def test_a_cache_stopped_at_the_head_reads_only_that_again(
+    origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    whole = write(origin / "model", tmp_path / "whole", stream=True)
+
+    def stopped(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CacheWriter, "add", stopped)
+        write(origin / "model", tmp_path / "stopped", stream=True)
+    read.clear()
+    assert shards(write(origin / "model", tmp_path / "stopped", stream=True)) == shards(whole)
+    assert read == [HEAD, HEAD]
+
+
+def test_with_more_memory_free_than_before_a_killed_cache_keeps_its_groups(
+    origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Groups of another size would begin anew."""
+    free = [130 * 2 * 32 * 4 * 2]
+    monkeypatch.setattr(streamed_answers, "free_memory", lambda: free[0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 2)
+        write(origin / "model", tmp_path / "answers", stream=True)
+    free[0] *= 100
+    read.clear()
+    continued = write(origin / "model", tmp_path / "answers", stream=True)
+    assert read[:4] == [HEAD, 0, 1, HEAD] and max(each.answers for each in continued.manifest.shards) < 130
+    assert not list(tmp_path.glob("*.stream-*"))
+
+
+def test_half_of_a_small_disk_is_what_a_group_takes(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = {"path": origin / "model", "kind": "top_k", "dtype": "float32", "device": torch.device("cpu")}
+    monkeypatch.setattr("slimmoe_hf.streamed_answers.psutil.disk_usage", lambda path: type("", (), {"free": 2_560_000}))
+    asked = StreamedAnswers(**place, work=tmp_path / "work", memory=None)
+    assert asked.tokens == 2_560_000 // 2 // (2 * 32 * 4)
 
 
 @pytest.mark.usefixtures("as_loud_as_before")
