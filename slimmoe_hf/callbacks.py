@@ -23,7 +23,7 @@ from trl import SFTConfig
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
-from slimmoe_hf.data import batches, dataset_hash, tokenize
+from slimmoe_hf.data import batches, dataset_hash, tokenize, tokenize_pairs
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
@@ -112,7 +112,7 @@ class SlimmingCallback(TrainerCallback):
             self.plan = self.given
             self._compare_given(CompressionPlan.load(folder) if found else None, folder)
         else:
-            rows = self._calibration_rows(args, kwargs.get("processing_class"))
+            rows = self._calibration_rows(args, kwargs.get("processing_class"), model.config.is_encoder_decoder)
             stored = CompressionPlan.load(folder) if found else None
             self.plan = self._stored_or_new(model, rows, stored, folder)
         if shape_of(model.config) == self.plan.meta.after and self.plan.meta.before != self.plan.meta.after:
@@ -142,7 +142,7 @@ class SlimmingCallback(TrainerCallback):
                 "Pass the model that was scored, or score this one."
             )
 
-    def _calibration_rows(self, args: TrainingArguments, tokenizer: Any) -> Dataset:
+    def _calibration_rows(self, args: TrainingArguments, tokenizer: Any, pairs: bool) -> Dataset:
         dataset = self.dataset
         assert dataset is not None
         if "input_ids" in dataset.column_names:
@@ -150,9 +150,9 @@ class SlimmingCallback(TrainerCallback):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError("calibration_dataset is raw text: pass the tokenizer to the Trainer as processing_class=.")
         length = self.max_length or (args.max_length if isinstance(args, SFTConfig) else None) or 1024
-        return tokenize(dataset, tokenizer, length)
+        return tokenize_pairs(dataset, tokenizer, length) if pairs else tokenize(dataset, tokenizer, length)
 
-    def _request(self, rows: Dataset) -> dict[str, Any]:
+    def _request(self, rows: Dataset, pairs: bool) -> dict[str, Any]:
         """What was asked for, as far as it decides the plan; the model is compared by its weights' hash."""
         teacher = self.teacher_model
         name = model_sha256(teacher) if isinstance(teacher, PreTrainedModel) else teacher and str(teacher)
@@ -165,12 +165,13 @@ class SlimmingCallback(TrainerCallback):
             "seed": self.seed,
             "teacher_model": name,
             "calibration data": dataset_hash(rows),
+            **({"calibration answers": dataset_hash({"input_ids": row} for row in rows["labels"])} if pairs else {}),
         }
 
     def _stored_or_new(
         self, model: PreTrainedModel, rows: Dataset, stored: CompressionPlan | None, folder: Path
     ) -> CompressionPlan:
-        request = self._request(rows)
+        request = self._request(rows, model.config.is_encoder_decoder)
         if stored is None:
             return self._score(model, rows, request)
         before = dict(stored.meta.request or {})

@@ -32,13 +32,16 @@ from slimmoe_hf.admission import (
 )
 from slimmoe_hf.arguments import Seq2SeqDistillationConfig, as_dict
 from slimmoe_hf.distilling import DistillingTrainer
+from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.losses import IGNORED, load_balancing_loss
 from slimmoe_hf.student_forward import DistillationOutput
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.terms import Terms
 
-_EXPERTS_PER_TOKEN = {"switch_transformers": 1}
-"""Encoder-decoders whose router logits are known, and how many experts they pick: no config of theirs says."""
+_EXPERTS_PER_TOKEN = {
+    name: row.top_k for name, row in FAMILIES.items() if row.encoder_decoder and row.top_k is not None
+}
+"""Encoder-decoders whose router logits are known, and how many experts they pick."""
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 
 

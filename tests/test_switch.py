@@ -12,11 +12,13 @@ from test_checkpoint import same_tensors, saved
 from test_surgery import deselected, random_plan
 from tiny import NUM_EXPERTS, documents, save_tiny, tiny_batch, tiny_seq2seq, tiny_tokenizer, write_text
 from torch.testing import assert_close
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from slimmoe_hf import cli, commands
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.callbacks import SlimmingCallback
 from slimmoe_hf.checkpoint import slim_checkpoint
-from slimmoe_hf.data import load_documents, tokenize_pairs
+from slimmoe_hf.data import batches, load_documents, tokenize_pairs
 from slimmoe_hf.families import FAMILIES, SWITCH, layer_views, moe_layers, shape_of
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merging import plan_merge
@@ -200,6 +202,34 @@ def test_the_row_says_where_the_experts_are():
         for name, _ in family.disk.projections:
             assert f"{paths.feed_forward}.{name.format(3)}" in names
         assert f"{paths.feed_forward}.{family.disk.router}" in names
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_the_callback_cuts_an_encoder_decoder_inside_a_plain_trainer(tokenised, tmp_path: Path):
+    text = load_documents(str(pairs(tmp_path / "pairs.jsonl")))
+    rows, model = tokenize_pairs(text, tiny_tokenizer(), 32), tiny_seq2seq()
+    callback = SlimmingCallback(
+        Target(num_experts=2),
+        criterion="reap",
+        calibration_dataset=rows if tokenised else text,
+        loss="lm",
+        max_length=32,
+    )
+    args = Seq2SeqTrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Seq2SeqTrainer(
+        model, args, train_dataset=rows, callbacks=[callback], processing_class=tiny_tokenizer(),
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()),
+    )  # fmt: skip
+    trainer.train()
+    expected = make_plan(scored(tiny_seq2seq(), batches(rows, 8, 1), loss="lm"), Target(num_experts=2), "reap")
+    assert callback.plan.sha256 == expected.sha256 and shape_of(model.config).num_experts == 2
+    for change in ("labels", "input_ids"):
+        other = rows.map(lambda row, key=change: {key: [2, *row[key]]})
+        again = SlimmingCallback(
+            Target(num_experts=2), criterion="reap", calibration_dataset=other, loss="lm", max_length=32
+        )
+        with pytest.raises(ValueError, match="another request; changed: calibration"):
+            Seq2SeqTrainer(tiny_seq2seq(), args, train_dataset=rows, callbacks=[again])
 
 
 @pytest.fixture
