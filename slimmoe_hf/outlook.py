@@ -145,8 +145,7 @@ class _Outlook:
             reading = 2 * parameter_counts(config).bytes(self.dtype) / _READ
             passing = calibration.tokens * config.hidden_size * dtype.itemsize * (config.num_hidden_layers + 2)
             if separate:
-                place = "cpu" if on_host or self.on_cpu else "cuda"
-                held.append(self._held(streamed_answers_memory(teacher, device=place, **sizes), on_host))
+                held.append(self._held(streamed_answers_memory(teacher, **sizes), on_host))
                 reading += parameter_counts(teacher).bytes(self.dtype) / _READ
             what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
             device_bytes, host_bytes = (max(each) for each in zip(*held, strict=True))

@@ -71,42 +71,51 @@ def streamed_scoring_memory(
     top = phases_of(config, dtype, batch, length, _score)["top"]
     layer = _sums(config) + _taps(config, batch, length, dtype) + _recording(config, batch, length)
     chunk = min(streamed_teacher.CHUNK_BYTES, batch * length * config.vocab_size * 4)
-    return _streamed("streamed scoring", config, dtype, stored, layer + top.peak - top.activations, _COPIES * chunk)
+    largest, at_head = _parts(config)[0], _parts(config)[2]
+    # Turning back, the last layer stays where it is.
+    moments = {
+        "layer": {"weights": largest * dtype.itemsize, "working set": layer + top.peak - top.activations},
+        "head": {"weights": (largest + at_head) * dtype.itemsize, "logits and loss": _COPIES * chunk},
+    }
+    return _streamed("streamed scoring", moments, largest * stored.itemsize)
 
 
 def streamed_answers_memory(
-    config: PreTrainedConfig, *, batch: int, length: int, dtype: torch.dtype, stored: torch.dtype, device: str
+    config: PreTrainedConfig,
+    *,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    device: str | None = None,
 ) -> Memory:
-    """Memory of a streamed teacher that writes a cache or is asked while another model is scored; `host` as above.
+    """Memory of a streamed teacher that writes a cache, or is asked before another model is scored; `host` as above.
 
     Args:
         config: Its own.
         batch: B, texts at a time.
         length: T, tokens of each.
         dtype: What is computed in. stored: What the checkpoint is in.
-        device: Type of the device.
+        device: Type of the one on which a cache is made; None is a teacher that is asked for scores.
 
     Raises:
         ValueError: As `family_of`.
     """
     forward = phases_of(config, dtype, batch, length, _pass)["forward"]
-    size = max(answers.CHUNK_BYTES.get(device, answers.LARGE_CHUNK), streamed_teacher.CHUNK_BYTES)
+    size = streamed_teacher.CHUNK_BYTES if device is None else answers.CHUNK_BYTES.get(device, answers.LARGE_CHUNK)
     chunk = min(size, batch * length * config.vocab_size * 4)
-    found = _streamed("streamed answers", config, dtype, stored, forward.peak, _COPIES * chunk)
-    return found.model_copy(update={"host": found.host + SHARD_BYTES})
-
-
-def _streamed(
-    use: str, config: PreTrainedConfig, dtype: torch.dtype, stored: torch.dtype, layer: int, head: int
-) -> Memory:
-    """The larger of two moments: a layer at work, and the head with the last layer still there."""
     largest, at_head = _parts(config)[0], _parts(config)[2]
     moments = {
-        "layer": {"weights": largest * dtype.itemsize, "working set": layer},
-        "head": {"weights": (largest + at_head) * dtype.itemsize, "logits and loss": head},
+        "layer": {"weights": largest * dtype.itemsize, "working set": forward.peak},
+        "head": {"weights": at_head * dtype.itemsize, "logits and answers": _COPIES * chunk},
     }
+    return _streamed("streamed answers", moments, largest * stored.itemsize + (0 if device is None else SHARD_BYTES))
+
+
+def _streamed(use: str, moments: dict[str, dict[str, int]], host: int) -> Memory:
+    """The largest of some moments."""
     peak = max(moments, key=lambda name: sum(moments[name].values()))
-    return Memory(use=use, parts=moments[peak], peak=peak, host=largest * stored.itemsize)
+    return Memory(use=use, parts=moments[peak], peak=peak, host=host)
 
 
 def _parts(config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -1,0 +1,72 @@
+"""What a streamed sweep and a streamed teacher are said to take is what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import in_child
+from tiny import save_tiny, tiny_batch, tiny_tokenizer
+
+from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.loading import load_config
+from slimmoe_hf.memory import Memory
+from slimmoe_hf.peak import PeakMemory
+from slimmoe_hf.scoring_memory import scoring_memory, streamed_answers_memory, streamed_scoring_memory
+from slimmoe_hf.streaming import stream_stats
+
+SIZE = {"batch": 2, "length": 128, "dtype": torch.float32}
+STORED = {**SIZE, "stored": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers of 101 MB."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048, "num_local_experts": 8}
+    return save_tiny(tmp_path_factory.mktemp("model") / "model", **sizes)
+
+
+def score(model: Path, work: Path) -> None:
+    stream_stats(model, [tiny_batch(2, 128)] * 2, "lm", work=work / "scoring", progress=False)
+
+
+def answer(model: Path, work: Path) -> None:
+    rows = [{"input_ids": ids} for ids in tiny_batch(4, 128)["input_ids"].tolist()]
+    write_cache(model, rows, work / "cache", tokenizer=tiny_tokenizer(), batch_size=2, stream=True)
+
+
+def _measured(way: Callable[[Path, Path], None], model: Path, work: Path) -> None:
+    work.mkdir()
+    with PeakMemory("cpu") as peak:
+        way(model, work)
+    (work / "peak").write_text(str(peak.bytes))
+
+
+@pytest.mark.slow  # 400 MB are written and read twice
+@pytest.mark.parametrize(
+    ("way", "estimate"),
+    [
+        (score, lambda config: streamed_scoring_memory(config, **STORED)),
+        (answer, lambda config: streamed_answers_memory(config, device=None, **STORED)),
+    ],
+    ids=["scores", "answers"],
+)
+def test_a_streamed_model_takes_what_is_said(
+    way: Callable[[Path, Path], None], estimate: Callable[..., Memory], model: Path, tmp_path: Path
+):
+    """The room of a shard, most of which is never touched here, is left out. In memory all four layers would be there."""
+    assert in_child(_measured, way, model, tmp_path / "work") == 0
+    found = int((tmp_path / "work" / "peak").read_text())
+    said = estimate(load_config(model))
+    assert 0.75 < (said.total + said.host) / found < 1.35
+    assert said.total + said.host < 0.75 * scoring_memory(load_config(model), **SIZE).total
+
+
+def test_a_streamed_sweep_does_not_depend_on_the_number_of_layers(tmp_path: Path):
+    said = [
+        streamed_scoring_memory(load_config(save_tiny(tmp_path / str(layers), num_hidden_layers=layers)), **STORED)
+        for layers in (2, 6)
+    ]
+    assert said[0] == said[1]
