@@ -82,7 +82,8 @@ def _config_flags(
     command: argparse.ArgumentParser, name: str, file: Path
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """A config file as flags, as positional arguments, and as further training arguments of commands that train."""
-    from slimmoe_hf.recipe import suggestion, training_argument_names
+    from slimmoe_hf.recipe import training_argument_names
+    from slimmoe_hf.schema import suggestion
     from slimmoe_hf.yaml_files import read_yaml
 
     if not file.is_file():

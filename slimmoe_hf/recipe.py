@@ -16,22 +16,17 @@ first, then beside the recipe.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.plan import Target
+from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
 from slimmoe_hf.yaml_files import read_yaml
-
-Count = Annotated[int, Field(ge=1)]
 
 # What a stage's `distillation` may not set, because the recipe says it elsewhere or the pipeline decides it.
 _ELSEWHERE = {
@@ -51,11 +46,7 @@ _ELSEWHERE = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class DataSpec(_Strict):
+class DataSpec(Strict):
     """Where the text comes from, in the grammar of `slimmoe_hf.data`.
 
     Attributes:
@@ -75,7 +66,7 @@ class DataSpec(_Strict):
     validation_tokens: Count | None = 65536
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """How a stage's scores are taken.
 
     Attributes:
@@ -97,7 +88,7 @@ class Calibration(_Strict):
     stream: bool = False
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """One stage: score the current student, cut it to `target`, distil it from the original model.
 
     Attributes:
@@ -115,17 +106,13 @@ class Stage(_Strict):
     criterion: str = "taylor"
     expert_criterion: str | None = None
     calibration: Calibration = Calibration()
-    distillation: dict[str, Any] = {}
+    distillation: dict[str, Any] = Field(default_factory=dict)
     training_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @field_validator("distillation")
     @classmethod
     def _known_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for name in arguments:
-            if name in _ELSEWHERE:
-                raise ValueError(f"{name} cannot be set here: {_ELSEWHERE[name]}")
-            if name not in distillation_arguments():
-                raise ValueError(f"unknown key {name!r}{suggestion(name, distillation_arguments())}")
+        check_arguments(arguments, distillation_arguments(), _ELSEWHERE)
         return arguments
 
     @field_validator("criterion", "expert_criterion")
@@ -142,7 +129,7 @@ class Stage(_Strict):
         return self
 
 
-class TeacherCacheSpec(_Strict):
+class TeacherCacheSpec(Strict):
     """The teacher's answers, asked for once and kept on disk; no teacher is in memory while a student trains.
 
     It pays where stages go over the text about as often as it is long: every row is answered, trained on or not.
@@ -174,7 +161,7 @@ class TeacherCacheSpec(_Strict):
         return text
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """What every model of a run is measured on.
 
     Attributes:
@@ -195,13 +182,13 @@ class Evaluation(_Strict):
     batch_size: Count = 8
     prompts: list[str] | None = None
     max_new_tokens: Count = 32
-    tasks: list[str] = []
+    tasks: list[str] = Field(default_factory=list)
     task_path: str | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     task_limit: Count | None = None
 
 
-class Recipe(_Strict):
+class Recipe(Document):
     """A whole run, as `slimmoe run` takes it.
 
     Attributes:
@@ -254,17 +241,6 @@ class Recipe(_Strict):
             raise ValueError("no teacher is there while a student trains, so teacher_memory has no place; leave it out")
         return asked
 
-    def differences(self, other: Recipe) -> list[str]:
-        """Dotted paths of the values that differ, `output` aside: where a run is stored is not what it is."""
-        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
-        return sorted(
-            key for key in mine.keys() | theirs.keys() if key != "output" and mine.get(key) != theirs.get(key)
-        )
-
-    def to_yaml(self) -> str:
-        """The recipe with every default spelt out, as it is stored beside the run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe and make its local paths absolute.
@@ -294,13 +270,13 @@ def resolved(recipe: Recipe, folder: Path, where: str = "recipe") -> Recipe:
         ValueError: The `accelerate` config is not there.
     """
     local = ("model", "teacher", "accelerate")
-    found = {name: _find(value, folder) for name in local if (value := getattr(recipe, name))}
+    found = {name: find_path(value, folder) for name in local if (value := getattr(recipe, name))}
     if recipe.accelerate is not None and not Path(found["accelerate"]).is_file():
         raise ValueError(f"{where}: accelerate: {recipe.accelerate}: no such file. `accelerate config` writes one.")
-    data = recipe.data.model_copy(update={"source": _find(recipe.data.source, folder)})
+    data = recipe.data.model_copy(update={"source": find_path(recipe.data.source, folder)})
     evaluation = recipe.evaluation
     if evaluation.task_path is not None:
-        evaluation = evaluation.model_copy(update={"task_path": _find(evaluation.task_path, folder)})
+        evaluation = evaluation.model_copy(update={"task_path": find_path(evaluation.task_path, folder)})
     return recipe.model_copy(update={**found, "data": data, "evaluation": evaluation})
 
 
@@ -318,15 +294,7 @@ def parse_recipe(values: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_first_fault(error)}") from None
-
-
-def suggestion(key: str, known: Collection[str]) -> str:
-    """`; did you mean X?` for the nearest known key, or the known keys where none is near."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; known keys: {', '.join(sorted(known))}." if len(known) <= 16 else "."
+        raise ValueError(f"{where}: {first_fault(error, Recipe)}") from None
 
 
 @functools.cache
@@ -334,7 +302,7 @@ def distillation_arguments() -> frozenset[str]:
     """The names that a stage's `distillation` may use: every field of `DistillationConfig` that is a setting."""
     from slimmoe_hf.arguments import DistillationConfig
 
-    return _settings(DistillationConfig)
+    return settings_of(DistillationConfig, _ELSEWHERE)
 
 
 def training_argument_names(command: str) -> frozenset[str]:
@@ -342,50 +310,5 @@ def training_argument_names(command: str) -> frozenset[str]:
     if command == "finetune":
         from trl import SFTConfig
 
-        return _settings(SFTConfig)
+        return settings_of(SFTConfig, _ELSEWHERE)
     return distillation_arguments() if command == "distill" else frozenset()
-
-
-def _settings(config: type) -> frozenset[str]:
-    return frozenset(field.name for field in dataclasses.fields(config) if field.init) - set(_ELSEWHERE)
-
-
-def _first_fault(error: ValidationError) -> str:
-    """The most telling of pydantic's complaints as one sentence: a misspelt key comes before what it leaves missing."""
-    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    fault = faults[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        message = f"unknown key{suggestion(str(fault['loc'][-1]), _keys_at(fault['loc'][:-1]))}"
-    elif fault["type"] == "missing":
-        message = "is missing."
-    else:
-        message = fault["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:] + ("" if "found" in message else f" (found {fault['input']!r:.60})")
-    more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{where}: {message}{more}"
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the recipe knows at a place in the file."""
-    models: dict[str, type[BaseModel]] = {
-        "": Recipe, "data": DataSpec, "evaluation": Evaluation, "stages": Stage, "target": Target, "calibration": Calibration,
-        "teacher_cache": TeacherCacheSpec,
-    }  # fmt: skip
-    names = [part for part in location if isinstance(part, str)]
-    return list(models[names[-1] if names else ""].model_fields)
-
-
-def _find(value: str, folder: Path) -> str:
-    """An existing local path as an absolute one: the current directory's, else the recipe's folder's."""
-    for candidate in (Path(value).expanduser(), folder / value):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {prefix: value}
-    return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

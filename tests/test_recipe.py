@@ -10,7 +10,8 @@ import yaml
 from recipes import write_recipe
 
 from slimmoe_hf.plan import Target
-from slimmoe_hf.recipe import Recipe, load_recipe, memory_bytes, parse_recipe, resolved, suggestion
+from slimmoe_hf.recipe import Recipe, load_recipe, memory_bytes, parse_recipe, resolved
+from slimmoe_hf.schema import suggestion
 
 
 def minimal(**changes: Any) -> dict[str, Any]:
