@@ -14,7 +14,7 @@ LEAVES = {
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk", "pace", "free_memory",
-    "schema",
+    "schema", "generation_evaluation",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",

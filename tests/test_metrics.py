@@ -86,8 +86,8 @@ def test_what_cannot_be_balanced_is_said(given: dict[str, Any], message: str, ba
 
 
 def test_an_unknown_metric_is_said():
-    with pytest.raises(ValueError, match="metric 'accuracy': unknown; there are perplexity and expert_load_balance"):
-        metric_path("accuracy")
+    with pytest.raises(ValueError, match="metric 'bleu': unknown; there are perplexity, expert_load_balance"):
+        metric_path("bleu")
 
 
 def test_the_metrics_are_in_the_package_that_is_built():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-METRICS = ("perplexity", "expert_load_balance")
+METRICS = ("perplexity", "expert_load_balance", "exact_match", "token_f1", "accuracy")
 
 
 def metric_path(name: str) -> str:
@@ -26,5 +26,5 @@ def metric_path(name: str) -> str:
         ValueError: There is no such metric.
     """
     if name not in METRICS:
-        raise ValueError(f"metric {name!r}: unknown; there are {' and '.join(METRICS)}.")
+        raise ValueError(f"metric {name!r}: unknown; there are {', '.join(METRICS)}.")
     return str(Path(__file__).parent / name)
