@@ -67,3 +67,11 @@ def _measured_flops(place: torch.device, dtype: torch.dtype) -> float:
         product = matrix @ matrix
     product[0, 0].item()  # waits for the device
     return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+
+def require_machine(name: str | None, dry_run: bool) -> None:
+    """Raise ValueError for a machine that is not in `MACHINES`, or that was named for a real run."""
+    if name is not None and (not dry_run or name not in MACHINES):
+        raise ValueError(
+            f"--machine {name}: with --dry-run, one of {', '.join(MACHINES)}; without it, this one is used."
+        )

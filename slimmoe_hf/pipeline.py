@@ -31,7 +31,7 @@ from slimmoe_hf.hub import complete_folder
 from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
 from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import load_config, load_model, weights_sha256
-from slimmoe_hf.machines import MACHINES, this_machine
+from slimmoe_hf.machines import MACHINES, require_machine, this_machine
 from slimmoe_hf.outlook import check_room, outlook, shown_steps
 from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import (
@@ -45,17 +45,19 @@ from slimmoe_hf.preflight import (
     stage_arguments,
     teacher_dtype,
 )
-from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_recipe, resolved
+from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_any_recipe, resolved
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
+from slimmoe_hf.seq2seq_pipeline import run_pairs
+from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
 
 def run_recipe(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Seq2SeqRecipe,
     output: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -64,7 +66,7 @@ def run_recipe(
     """Run a recipe from its first unfinished step to its report.
 
     Args:
-        recipe: A YAML file, or a `Recipe`.
+        recipe: A YAML file, or what one holds; with `task: seq2seq` it is for an encoder-decoder.
         output: The run's folder; wins over the recipe's `output`.
         overwrite: Start over in a folder that holds a run.
         dry_run: Check everything, show the plan of work, write nothing. What is on the Hub is not downloaded for it.
@@ -76,7 +78,10 @@ def run_recipe(
     Raises:
         ValueError: The recipe, its model, teacher, data or output folder will not do. Nothing has been written then.
     """
-    recipe = resolved(recipe, Path()) if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(recipe, str | Path):
+        recipe = load_any_recipe(recipe)
+    else:
+        recipe = resolved(recipe, Path()) if isinstance(recipe, Recipe) else recipe.resolved(Path())
     if output is None and recipe.output is None:
         raise ValueError("the recipe names no output folder. Add `output:` to it, or give --output.")
     folder = Path(output or recipe.output or "").expanduser().resolve()
@@ -85,9 +90,14 @@ def run_recipe(
     with claim(folder, recipe, overwrite) as run:
         if run.state == "finished":
             get_console().log(f"{folder}: this run is finished; nothing to do", markup=False)
-            if not (folder / "model" / "README.md").exists():  # stopped between the report and the card
+            if (
+                isinstance(recipe, Recipe) and not (folder / "model" / "README.md").exists()
+            ):  # stopped between the report and the card
                 complete_folder(folder)
             return Report.load(folder / REPORT)
+        require_machine(machine, dry_run)
+        if isinstance(recipe, Seq2SeqRecipe):
+            return run_pairs(recipe, run, dry_run, machine)
         inputs = _look_ahead(recipe, folder, dry_run, machine)
         if inputs is None:
             return None
@@ -98,10 +108,6 @@ def run_recipe(
 
 def _look_ahead(recipe: Recipe, folder: Path, dry_run: bool, machine: str | None) -> Inputs | None:
     """Check everything and show the plan of work. Returns None after a dry run."""
-    if machine is not None and (not dry_run or machine not in MACHINES):
-        raise ValueError(
-            f"--machine {machine}: with --dry-run, one of {', '.join(MACHINES)}; without it, this one is used."
-        )
     found = outline(recipe, elsewhere=machine is not None)
     here = MACHINES[machine] if machine is not None else this_machine()
     remote = [name for name in (recipe.model, recipe.teacher, recipe.data.source) if name and is_remote(name)]

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from trl import SFTConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
@@ -182,7 +181,7 @@ def check_targets(config: PreTrainedConfig, targets: list[Target]) -> list[PreTr
         ValueError: A dense or unknown model, or a target that its stage's model cannot take.
     """
     family_of(config)
-    refuse_encoder_decoder(config, "a recipe")
+    refuse_encoder_decoder(config, "a recipe without `task: seq2seq`")
     configs = []
     for number, target in enumerate(targets):
         try:
@@ -251,7 +250,7 @@ def training_arguments(
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def check_values(config: type[SFTConfig], given: dict[str, Any], where: str) -> None:
+def check_values(config: type[TrainingArguments], given: dict[str, Any], where: str) -> None:
     """Raise ValueError for values of training arguments that transformers would stumble over later, or never."""
     for field in dataclasses.fields(config):
         if isinstance(field.default, int | float) and isinstance(given.get(field.name), str):

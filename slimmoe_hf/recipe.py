@@ -26,6 +26,7 @@ from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.plan import Target
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
+from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.yaml_files import read_yaml
 
 # What a stage's `distillation` may not set, because the recipe says it elsewhere or the pipeline decides it.
@@ -243,7 +244,7 @@ class Recipe(Document):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe and make its local paths absolute.
+    """Read a recipe for a decoder and make its local paths absolute.
 
     Args:
         path: A YAML file.
@@ -252,10 +253,22 @@ def load_recipe(path: str | Path) -> Recipe:
         ValueError: One line that names the file, the key and the remedy.
     """
     path = Path(path)
+    return resolved(parse_recipe(_read(path), str(path)), path.parent, str(path))
+
+
+def load_any_recipe(path: str | Path) -> Recipe | Seq2SeqRecipe:
+    """As `load_recipe`, of whatever kind the recipe is: `task: seq2seq` is for encoder-decoders."""
+    path = Path(path)
+    recipe = parse_any_recipe(_read(path), str(path))
+    return (
+        recipe.resolved(path.parent) if isinstance(recipe, Seq2SeqRecipe) else resolved(recipe, path.parent, str(path))
+    )
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe. Give the path of a YAML file; examples/quickstart.yaml is one.")
-    recipe = parse_recipe(read_yaml(path), str(path))
-    return resolved(recipe, path.parent, str(path))
+    return read_yaml(path)
 
 
 def resolved(recipe: Recipe, folder: Path, where: str = "recipe") -> Recipe:
@@ -281,20 +294,35 @@ def resolved(recipe: Recipe, folder: Path, where: str = "recipe") -> Recipe:
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:
-    """Check the values of a recipe.
+    """Check the values of a recipe for a decoder.
 
     Args:
         values: What the YAML file holds.
         where: Its name, for errors.
+
+    Raises:
+        ValueError: One line that names the key and the remedy; or the recipe is for an encoder-decoder.
     """
+    recipe = parse_any_recipe(values, where)
+    if isinstance(recipe, Seq2SeqRecipe):
+        raise ValueError(
+            f"{where}: is of an encoder-decoder (task: seq2seq), which only `slimmoe run` takes so far; its folder has a "
+            "README.md and report.json."
+        )
+    return recipe
+
+
+def parse_any_recipe(values: Any, where: str) -> Recipe | Seq2SeqRecipe:
+    """As `parse_recipe`, of whatever kind the recipe is."""
     if not isinstance(values, dict):
         raise ValueError(
             f"{where}: expected keys and values (model, data, stages, ...), found {type(values).__name__}."
         )
+    kind: type[Recipe] | type[Seq2SeqRecipe] = Seq2SeqRecipe if "task" in values else Recipe
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {first_fault(error, Recipe)}") from None
+        raise ValueError(f"{where}: {first_fault(error, kind)}") from None
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from rich.console import Group
 from rich.table import Table
 
 from slimmoe_hf.evaluation import Measurement
+from slimmoe_hf.factorization import StableRankChange
+from slimmoe_hf.generation_evaluation import GenerationScores
 from slimmoe_hf.harness import TaskResult
 
 _Rows = list[tuple[str, ...]]
@@ -23,23 +25,26 @@ class ModelReport(Measurement):
     """One model of a run: a `Measurement`, and where it comes from.
 
     Attributes:
-        name: For tables. stage: 0 for the teacher. step: What was done last.
+        name: For tables. stage: 0 for the teacher. step: What was done last. A `merged` model is as merging left it, a
+            `factored` one as factoring did, with all of S.
         path: Its folder, relative to the run's; a teacher's Hub id.
         teacher_sha256: Hash of the weight files of the original model, which every stage learns from.
-        scored_sha256: Of a slimmed model: hash of the weight files of the model that was scored and cut.
-        stats_sha256, plan_sha256: Of a slimmed model: what decided.
+        scored_sha256: Of a slimmed or merged model: hash of the weight files of the model that was scored and cut.
+        stats_sha256, plan_sha256: Of a slimmed or merged model: what decided.
         tasks: What benchmark tasks gave, where some were run.
+        generation: How right the answers of an encoder-decoder are.
     """
 
     name: str
     path: str
     stage: int
-    step: Literal["teacher", "slimmed", "distilled"]
+    step: Literal["teacher", "slimmed", "merged", "factored", "distilled"]
     teacher_sha256: str
     scored_sha256: str | None = None
     stats_sha256: str | None = None
     plan_sha256: str | None = None
     tasks: list[TaskResult] = Field(default_factory=list)
+    generation: GenerationScores | None = None
 
 
 class EvaluationReport(BaseModel):
@@ -50,6 +55,8 @@ class EvaluationReport(BaseModel):
         max_length: Block length T in tokens. rows: How many blocks. tokens: Predicted tokens, T - 1 a block.
         documents: Documents read. stream_tokens, stream_bytes: Their size, for bits per byte.
         token_limit: Where reading stopped, if before the end. dtype: What was computed in. prompts: What samples continue.
+        left_out: Of an encoder-decoder's pairs, in all splits, how many were too long. Its documents are pairs: rows count
+            pairs, tokens and bytes those of completions, and `max_length` is of the prompt.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +73,7 @@ class EvaluationReport(BaseModel):
     token_limit: int | None
     dtype: str
     prompts: list[str]
+    left_out: int = 0
 
 
 class Report(BaseModel):
@@ -76,6 +84,7 @@ class Report(BaseModel):
         evaluation: What they were measured on.
         seconds: Time of all steps together, over all calls. threads: CPU threads of the last call.
         version: Of slimmoe_hf.
+        stable_ranks: Of the experts before and after merging, by layer and matrix.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -85,6 +94,7 @@ class Report(BaseModel):
     seconds: float
     threads: int
     version: str
+    stable_ranks: list[StableRankChange] = Field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -134,6 +144,15 @@ def _rows(report: Report) -> _Rows:
     return [headings, *rows]
 
 
+def _answers(report: Report) -> _Rows:
+    """How right the answers of an encoder-decoder are; the headings, then a row a model."""
+    rows: _Rows = [("model", "exact match", "F1", "accuracy")]
+    for model in report.models:
+        if (found := model.generation) is not None:
+            rows.append((model.name, *(f"{x:.1%}" for x in (found.exact_match, found.token_f1, found.accuracy))))
+    return rows if len(rows) > 1 else []
+
+
 def task_rows(found: Mapping[str, Sequence[TaskResult]]) -> _Rows:
     """Task results side by side: the headings, then a row for every task, metric and setting; none without results.
 
@@ -170,6 +189,8 @@ def table(report: Report) -> Group:
     evaluation = report.evaluation
     title = f"{evaluation.data}, {evaluation.split}: {evaluation.tokens:,} tokens"
     tables = [aligned(_rows(report), title)]
+    if rows := _answers(report):
+        tables.append(aligned(rows, f"\nanswers to {evaluation.rows:,} prompts"))
     if rows := _tasks(report):
         tables.append(aligned(rows, "\ntasks", left=2))
     return Group(*tables)
@@ -226,6 +247,37 @@ blocks of {evaluation.max_length}. `report.json` has every number, `recipe.yaml`
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model")
+```
+"""
+
+
+def pair_readme(report: Report, model: str) -> str:
+    """As `readme`, of a run that merged or factored the experts of an encoder-decoder."""
+    evaluation, steps = report.evaluation, [model.step for model in report.models]
+    done = " and ".join(step for step in ("merged", "factored") if step in steps)
+    form = "a factored checkpoint" if "factored" in steps else "a checkpoint whose experts are shared"
+    load = "from pathlib import Path\n\nfrom slimmoe_hf.seq2seq_models import load_seq2seq"
+    return f"""# {model}, {done}
+
+Made from `{model}` by `slimmoe run recipe.yaml` (slimmoe_hf {report.version}): experts {done}, each step followed by
+distillation from the original model. The licence of `{model}` applies.
+
+{markdown(_rows(report))}
+
+{markdown(_answers(report))}
+
+Loss in nats per predicted token of the completions, answers by greedy `generate()`, both on the {evaluation.split} split of
+`{evaluation.data}`: {evaluation.rows:,} pairs, {evaluation.tokens:,} tokens. `report.json` has every number, `recipe.yaml` what
+was run.
+
+`model/` is {form}: plain transformers cannot load it.
+
+```python
+{load}
+from transformers import AutoTokenizer
+
+model = load_seq2seq(Path("model"))
 tokenizer = AutoTokenizer.from_pretrained("model")
 ```
 """

@@ -15,7 +15,8 @@ from rich import get_console
 
 from slimmoe_hf.atomic import PARTIAL, write_text
 from slimmoe_hf.loading import files_sha256
-from slimmoe_hf.recipe import Recipe, parse_recipe
+from slimmoe_hf.recipe import parse_any_recipe
+from slimmoe_hf.schema import Document
 from slimmoe_hf.yaml_files import read_yaml
 
 RECIPE, STEPS, REPORT, LOCK = "recipe.yaml", "steps.json", "report.json", ".lock"
@@ -41,7 +42,7 @@ class RunFolder:
         self._inputs: dict[str, str] = {}
         self._threads = 0
 
-    def begin(self, recipe: Recipe, inputs: dict[str, str], threads: int) -> None:
+    def begin(self, recipe: Document, inputs: dict[str, str], threads: int) -> None:
         """Create the folder, or continue in it.
 
         Args:
@@ -130,7 +131,7 @@ class RunFolder:
 
 
 @contextmanager
-def claim(path: Path, recipe: Recipe, overwrite: bool = False) -> Iterator[RunFolder]:
+def claim(path: Path, recipe: Document, overwrite: bool = False) -> Iterator[RunFolder]:
     """Take an output folder for one process; nothing is written before `RunFolder.begin`.
 
     Args:
@@ -152,7 +153,7 @@ def claim(path: Path, recipe: Recipe, overwrite: bool = False) -> Iterator[RunFo
         lock.release()
 
 
-def folder_state(path: Path, recipe: Recipe, overwrite: bool = False) -> State:
+def folder_state(path: Path, recipe: Document, overwrite: bool = False) -> State:
     """Which of the four kinds of output folder this is; the fourth, anything else, is an error.
 
     Raises:
@@ -169,7 +170,7 @@ def folder_state(path: Path, recipe: Recipe, overwrite: bool = False) -> State:
         raise ValueError(f"{path}: holds files that are no run of slimmoe; they are left alone. Give another --output.")
     if overwrite:
         return "new"
-    theirs = parse_recipe(read_yaml(path / RECIPE), str(path / RECIPE))
+    theirs = parse_any_recipe(read_yaml(path / RECIPE), str(path / RECIPE))
     if differences := recipe.differences(theirs):
         shown = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
         raise ValueError(

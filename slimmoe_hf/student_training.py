@@ -14,6 +14,7 @@ from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.progress import TrainingProgress
 from slimmoe_hf.resumption import last_complete_checkpoint
+from slimmoe_hf.seq2seq import Seq2SeqDistillationTrainer
 from slimmoe_hf.serving import add_biases, write_serving_config
 from slimmoe_hf.teacher import offloaded
 from slimmoe_hf.trainer import DistillationTrainer
@@ -65,17 +66,27 @@ def distil(
         processing_class=tokenizer,
         callbacks=[progress],
     )
+    train_on(trainer, progress)
+    model = _gathered(trainer, student, dtype)
+    model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
+    return model, trainer.state.log_history
+
+
+def train_on(trainer: DistillationTrainer | Seq2SeqDistillationTrainer, progress: TrainingProgress) -> None:
+    """Train, from the last complete checkpoint if there is one.
+
+    Args:
+        trainer: Its `output_dir` holds the checkpoints.
+        progress: Among its callbacks.
+    """
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete_checkpoint(str(arguments.output_dir))
+    checkpoint = last_complete_checkpoint(str(trainer.args.output_dir))
     if checkpoint is not None and trainer.is_world_process_zero():
-        get_console().log(f"{label}: continues from {checkpoint.name}")
+        get_console().log(f"{progress.label}: continues from {checkpoint.name}")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.stop()
-    model = _gathered(trainer, student, dtype)
-    model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
-    return model, trainer.state.log_history
 
 
 def _gathered(trainer: DistillationTrainer, student: Path, dtype: str) -> PreTrainedModel:

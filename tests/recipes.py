@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny import save_tiny, write_text
+from tiny import documents, save_tiny, tiny_seq2seq, tiny_tokenizer, write_text
 
 
 def tiny_recipe(folder: Path, family: str = "phimoe") -> dict[str, Any]:
@@ -39,3 +40,43 @@ def write_recipe(folder: Path, values: dict[str, Any], name: str = "recipe.yaml"
     """Write a recipe as YAML."""
     (folder / name).write_text(yaml.safe_dump(values))
     return folder / name
+
+
+def tiny_pairs_recipe(folder: Path) -> dict[str, Any]:
+    """Merge, then factor: a recipe whose Switch Transformer and pairs it writes into `folder`, if they are not there yet."""
+    if not (folder / "teacher").exists():
+        blocks = {
+            "num_layers": 4,
+            "num_decoder_layers": 4,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+        }
+        tiny_seq2seq(**blocks, d_ff=48, dropout_rate=0.1).save_pretrained(folder / "teacher")
+        tiny_tokenizer().save_pretrained(folder / "teacher")
+        write_pairs(folder / "pairs.jsonl")
+    training = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 2}
+    loss = {"temperature": 2.0, "distillation_weight": 0.2, "crossentropy_weight": 1.0}
+    return {
+        "task": "seq2seq",
+        "model": str(folder / "teacher"),
+        "data": {"source": str(folder / "pairs.jsonl"), "max_source_length": 64, "max_target_length": 24},
+        "stages": [
+            {"merge": {"num_experts": 2}, "calibration": {"tokens": 1024}, "distillation": {**training, **loss}},
+            {"factor": {"rank": 8, "density": 0.1}, "distillation": {**training, **loss}},
+        ],
+        "evaluation": {"tokens": 512, "max_new_tokens": 6},
+        "output": str(folder / "run"),
+    }
+
+
+def write_pairs(path: Path, pairs: int = 600) -> Path:
+    """Eight words of real prose, and the two that follow."""
+    rows = []
+    for text in documents():
+        words = text.split()
+        for start in range(0, len(words) - 10, 10):
+            rows.append(
+                {"prompt": " ".join(words[start : start + 8]), "completion": " ".join(words[start + 8 : start + 10])}
+            )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:pairs]))
+    return path

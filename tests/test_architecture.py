@@ -34,6 +34,7 @@ JOINTS = {
     "scoring_memory", "machines",
     "remedies",
     "plots",
+    "seq2seq_recipe", "seq2seq_models", "seq2seq_preflight", "seq2seq_outlook", "seq2seq_pipeline",
 }  # fmt: skip
 
 
