@@ -78,6 +78,11 @@ def _refuse(path: str, matrix: Tensor, rank: int) -> None:
     if not matrix.is_floating_point() or matrix.is_meta:
         kind = "no weights yet (meta device)" if matrix.is_meta else f"quantised weights ({matrix.dtype})"
         raise ValueError(f"{path}: {kind}, which cannot be factored. Load the model in bfloat16 or float32.")
+    check_rank(path, matrix, rank)
+
+
+def check_rank(path: str, matrix: Tensor, rank: int) -> None:
+    """Raise ValueError unless a matrix, which may have no values, can be split at this rank."""
     most = min(matrix.shape[-2:])
     if not 0 < rank < most or rank % 8:
         raise ValueError(

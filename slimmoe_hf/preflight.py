@@ -28,7 +28,7 @@ from slimmoe_hf.loading import (
     weights_sha256,
 )
 from slimmoe_hf.plan import Target
-from slimmoe_hf.recipe import Recipe, Stage
+from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.teacher import LiveTeacher
@@ -273,18 +273,24 @@ def stage_arguments(recipe: Recipe, number: int, run: Path = Path("unused")) -> 
         given["teacher_logits_path"] = str(run / CACHE)
     folder = run / f"stage-{number + 1}" / "checkpoints"
     arguments = training_arguments(given, folder, recipe.data.max_length, recipe.seed, where)
-    if recipe.teacher_cache is not None and recipe.teacher_cache.kind == "top_k":
-        kept = recipe.teacher_cache.top_k
-        if arguments.beta > 0:
-            raise ValueError(
-                f"{where}: beta={arguments.beta:g} looks at every token, and teacher_cache keeps {kept}. Set teacher_cache.kind: "
-                "hidden, or beta: 0."
-            )
-        if arguments.loss_top_k > kept:
-            raise ValueError(
-                f"{where}: loss_top_k={arguments.loss_top_k}, and teacher_cache.top_k is {kept}. Raise it."
-            )
+    if recipe.teacher_cache is not None:
+        check_cache(recipe.teacher_cache, arguments, where)
     return arguments
+
+
+def check_cache(asked: TeacherCacheSpec, arguments: DistillationConfig, where: str) -> None:
+    """Raise ValueError if a teacher cache would not serve the loss of a training run; `where` is its place in the file."""
+    if asked.kind != "top_k":
+        return
+    if arguments.beta > 0:
+        raise ValueError(
+            f"{where}: beta={arguments.beta:g} looks at every token, and teacher_cache keeps {asked.top_k}. Set "
+            "teacher_cache.kind: hidden, or beta: 0."
+        )
+    if arguments.loss_top_k > asked.top_k:
+        raise ValueError(
+            f"{where}: loss_top_k={arguments.loss_top_k}, and teacher_cache.top_k is {asked.top_k}. Raise it."
+        )
 
 
 def device() -> torch.device:

@@ -214,9 +214,9 @@ def suggest_stages(config: PreTrainedConfig, size: str, stages: int = 1, kv_grou
     shape, most = shape_of(config), value + unit / 2
     last = config if kv_groups is None else slimmed_config(config, Target(kv_groups=kv_groups))
     counts = parameter_counts(last)
-    per_step = _expert_parameters(last) // shape.expert_width * STEP
+    per_step = expert_parameters(last) // shape.expert_width * STEP
     width = shape.expert_width - shape.expert_width % STEP
-    fixed = counts.total - _expert_parameters(last)
+    fixed = counts.total - expert_parameters(last)
     largest, smallest = parameter_counts(config).total, fixed + per_step
     if value - unit / 2 > largest:
         raise ValueError(f"--target {size} is more than the model's {largest:,} parameters. Ask for fewer.")
@@ -246,7 +246,7 @@ def _stage(config: PreTrainedConfig, target: Target, width: int) -> Stage:
     return Stage(target=target, total=counts.total, active=counts.active, alignment=alignment_note(width))
 
 
-def _expert_parameters(config: PreTrainedConfig) -> int:
+def expert_parameters(config: PreTrainedConfig) -> int:
     """Parameters of all experts; every one of them belongs to a neuron, so they grow with the width alone."""
     model = meta_model(config)
     return sum(parameter.numel() for _, module, _ in moe_layers(model) for parameter in module.parameters())

@@ -8,6 +8,7 @@ Shape letters: E experts, O output rows of one matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +140,8 @@ class SparsityCallback(TrainerCallback):
             old.copy_(torch.where(new.isfinite(), old * self.beta + new * (1 - self.beta), old))
         density = self.schedule.at(state.global_step + 1)
         if density < 1:
-            for weight, kept in zip(self.weights.values(), self._kept(density), strict=True):
+            for weight, kept in zip(self.weights.values(), kept_rows(self.weights, self.scores, density), strict=True):
                 weight.sparse.masked_fill_(~kept.unsqueeze(-1), 0)
-
-    def _kept(self, density: float) -> list[Tensor]:
-        """Which rows of each S are above the threshold: `[O]` or `[E, O]`, bool."""
-        shapes = [weight.sparse.shape for weight in self.weights.values()]
-        device = next(iter(self.scores.values())).device
-        scores = torch.cat([self.scores[name].flatten().to(device) for name in self.weights])
-        lengths = torch.cat([torch.full((math.prod(shape[:-1]),), shape[-1], device=device) for shape in shapes])
-        order = torch.argsort(scores, descending=True, stable=True)
-        within = lengths[order].cumsum(0) <= density * int(lengths.sum())
-        kept = torch.zeros_like(within).index_copy_(0, order, within)
-        parts = kept.split([math.prod(shape[:-1]) for shape in shapes])
-        return [
-            part.view(shape[:-1]).to(weight.sparse.device)
-            for part, shape, weight in zip(parts, shapes, self.weights.values(), strict=True)
-        ]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state first where a checkpoint is due: then what vouches for the checkpoint vouches for it too."""
@@ -208,6 +194,31 @@ class SparsityCallback(TrainerCallback):
                     f"{file}: is of another model ({name}, {list(score.shape)}). Start over in another output_dir."
                 )
             self.scores[name] = score.to(self.weights[name].sparse.device)
+
+
+def kept_rows(weights: Mapping[str, FactoredWeight], scores: Mapping[str, Tensor], density: float) -> list[Tensor]:
+    """Which rows of each S stay: one threshold on their scores holds for all, so that they have `density` of all elements.
+
+    Args:
+        weights: Factored matrices by name.
+        scores: Of the rows of each, `[O]` or `[E, O]`.
+        density: Share of the elements that stays, at most.
+
+    Returns:
+        For each matrix `[O]` or `[E, O]`, bool.
+    """
+    shapes = [weight.sparse.shape for weight in weights.values()]
+    device = next(iter(scores.values())).device
+    flat = torch.cat([scores[name].flatten().to(device) for name in weights])
+    lengths = torch.cat([torch.full((math.prod(shape[:-1]),), shape[-1], device=device) for shape in shapes])
+    order = torch.argsort(flat, descending=True, stable=True)
+    within = lengths[order].cumsum(0) <= density * int(lengths.sum())
+    kept = torch.zeros_like(within).index_copy_(0, order, within)
+    parts = kept.split([math.prod(shape[:-1]) for shape in shapes])
+    return [
+        part.view(shape[:-1]).to(weight.sparse.device)
+        for part, shape, weight in zip(parts, shapes, weights.values(), strict=True)
+    ]
 
 
 def _trainable_weights(model: nn.Module) -> dict[str, FactoredWeight]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from rich import get_console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.free_memory import memory_bytes
@@ -48,13 +49,36 @@ def distil(
     Returns:
         `(model, log history)`; the model is whole in the first process, in others it may be a share.
     """
-    set_seed(arguments.seed)
     if teacher is not None:
         loading = offloaded(memory_bytes(teacher_memory), arguments.device) if teacher_memory is not None else {}
         if arguments.device.type == "cpu":
             loading["dtype"] = dtype  # elsewhere the checkpoint's own
         arguments.teacher_model_init_kwargs = loading or None
     model = load_model(student, dtype)
+    trainer = teach(model, teacher, arguments, tokenizer, train, validation, label)
+    return _gathered(trainer, student, dtype), trainer.state.log_history
+
+
+def teach(
+    model: PreTrainedModel,
+    teacher: Path | None,
+    arguments: DistillationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    label: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> DistillationTrainer:
+    """Train a student that is in memory, in place; everything but the model is as in `distil`.
+
+    Args:
+        model: The student.
+        callbacks: Of the trainer, beside the progress.
+
+    Returns:
+        The trainer, whose model is the trained one, or in a distributed run a share of it.
+    """
+    set_seed(arguments.seed)
     use_cache = model.config.use_cache
     progress = TrainingProgress(label)
     trainer = DistillationTrainer(
@@ -64,12 +88,11 @@ def distil(
         train_dataset=train,
         eval_dataset=validation if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, *callbacks],
     )
     train_on(trainer, progress)
-    model = _gathered(trainer, student, dtype)
     model.config.use_cache = use_cache  # the trainer turns it off, and it would be published so
-    return model, trainer.state.log_history
+    return trainer
 
 
 def train_on(trainer: DistillationTrainer | Seq2SeqDistillationTrainer, progress: TrainingProgress) -> None:
