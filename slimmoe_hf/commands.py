@@ -22,6 +22,7 @@ from rich.table import Table
 import slimmoe_hf
 from slimmoe_hf import (
     cache_command,
+    compare_command,
     eval_command,
     export_command,
     finetune_command,
@@ -222,5 +223,6 @@ def run(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "env": env, "size": size_command.size, "score": score, "plan": plan, "slim": slim, "distill": distill, "run": run,
     "eval": eval_command.evaluate, "plot": plot_command.plot, "finetune": finetune_command.finetune, "push": push_command.push,
-    "cache": cache_command.cache, "merge": merge_command.merge, "export": export_command.export,
+    "cache": cache_command.cache, "merge": merge_command.merge, "compare": compare_command.compare,
+    "export": export_command.export,
 }  # fmt: skip

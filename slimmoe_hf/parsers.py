@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for add in (
         _add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
-        _add_push, _add_cache, _add_merge, _add_export,
+        _add_push, _add_cache, _add_merge, _add_compare, _add_export,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -271,6 +271,18 @@ def _add_run(commands: Any) -> None:
     _add_output(parser, "DIR")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan of work, write nothing")
     parser.add_argument("--machine", metavar="NAME", help=f"with --dry-run, plan for another machine: {MACHINES}")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add(
+        commands, "compare",
+        "Compare ways to make a model smaller, at equal size and equal recovery. The same command continues.",
+        "slimmoe compare examples/compare.yaml --output my-comparison",
+    )  # fmt: skip
+    parser.add_argument("grid", nargs="?", metavar="GRID", help="a YAML file; see examples/compare.yaml")
+    _add_output(parser, "DIR")
+    parser.add_argument("--dry-run", action="store_true", help="check the grid, list its points, write nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_eval(commands: Any) -> None:

@@ -30,7 +30,7 @@ from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.yaml_files import read_yaml
 
 # What a stage's `distillation` may not set, because the recipe says it elsewhere or the pipeline decides it.
-_ELSEWHERE = {
+ELSEWHERE = {
     "output_dir": "the run's folder is `output`",
     "resume_from_checkpoint": "the same command continues a run",
     "seed": "the recipe's `seed` is every step's",
@@ -113,15 +113,13 @@ class Stage(Strict):
     @field_validator("distillation")
     @classmethod
     def _known_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        check_arguments(arguments, distillation_arguments(), _ELSEWHERE)
+        check_arguments(arguments, distillation_arguments(), ELSEWHERE)
         return arguments
 
     @field_validator("criterion", "expert_criterion")
     @classmethod
     def _known_criterion(cls, name: str | None) -> str | None:
-        known = list(dict.fromkeys([*CRITERIA, *EXPERT_CRITERIA]))
-        if name not in (None, *known):
-            raise ValueError(f"unknown criterion {name!r}{suggestion(str(name), known)} There are: {', '.join(known)}")
+        check_criterion(name)
         return name
 
     @model_validator(mode="after")
@@ -325,12 +323,19 @@ def parse_any_recipe(values: Any, where: str) -> Recipe | Seq2SeqRecipe:
         raise ValueError(f"{where}: {first_fault(error, kind)}") from None
 
 
+def check_criterion(name: str | None) -> None:
+    """Raise ValueError unless it is the name of a criterion, of neurons or of experts, or None."""
+    known = list(dict.fromkeys([*CRITERIA, *EXPERT_CRITERIA]))
+    if name not in (None, *known):
+        raise ValueError(f"unknown criterion {name!r}{suggestion(str(name), known)} There are: {', '.join(known)}")
+
+
 @functools.cache
 def distillation_arguments() -> frozenset[str]:
     """The names that a stage's `distillation` may use: every field of `DistillationConfig` that is a setting."""
     from slimmoe_hf.arguments import DistillationConfig
 
-    return settings_of(DistillationConfig, _ELSEWHERE)
+    return settings_of(DistillationConfig, ELSEWHERE)
 
 
 def training_argument_names(command: str) -> frozenset[str]:
@@ -338,5 +343,5 @@ def training_argument_names(command: str) -> frozenset[str]:
     if command == "finetune":
         from trl import SFTConfig
 
-        return settings_of(SFTConfig, _ELSEWHERE)
+        return settings_of(SFTConfig, ELSEWHERE)
     return distillation_arguments() if command == "distill" else frozenset()

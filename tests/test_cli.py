@@ -40,6 +40,7 @@ COMMANDS = (
     "push",
     "cache",
     "merge",
+    "compare",
     "export",
 )
 DATA = ("--max-length", "64")
@@ -120,6 +121,7 @@ def test_flags_are_a_visible_decision():
             "--crossentropy-weight",
         } | training,
         "run": common | output | {"--dry-run", "--machine"},
+        "compare": common | {"--output", "--overwrite", "--dry-run", "--json"},
         "eval": common | data | teacher | output | {
             "--batch-size", "--json", "--tasks", "--task-path", "--num-fewshot", "--limit",
         },

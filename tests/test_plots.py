@@ -32,6 +32,7 @@ from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.plots import _DRAWN, Plot, draw, png
 from slimmoe_hf.plots import style as plot_style
+from slimmoe_hf.plots.comparison import Compared, ComparedTable, Place
 from slimmoe_hf.plots.data import read_pictures
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores
 from slimmoe_hf.plots.ranks import RankChange, StableRanks, stable_rank_picture
@@ -587,6 +588,19 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
                 ]
                 for matrix in ("gate_up_proj", "down_proj")
             },
+        ),
+        Compared(
+            model="teacher", data="sotu", tokens=10**6, original=1.9, seeds=3, recovery_tokens=10**6,
+            tables=[
+                ComparedTable(
+                    words=f"Equal {equal} parameters",
+                    places=[
+                        Place(method=f"{row}. a method whose name is lon", shape="", before=(4 + row / 3, 0.2), after=(2.1, 0.01))
+                        for row in range(rows)
+                    ],
+                )
+                for equal, rows in (("total", 12), ("active", 1))
+            ],
         ),
     ]  # fmt: skip
 
