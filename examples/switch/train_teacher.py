@@ -55,7 +55,7 @@ def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
         "input_ids": tokenizer(rows["prompt"][:])["input_ids"],
         "labels": tokenizer(rows["completion"][:])["input_ids"],
     }
-    return Dataset.from_dict({**columns, "length": [len(ids) for ids in columns["labels"]]})
+    return Dataset.from_dict({**columns, "length": [len(ids) for ids in columns["input_ids"]]})
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> SwitchTransformersForConditionalGeneration:
@@ -98,9 +98,9 @@ class SwitchTrainer(ResumableTrainer):
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     """An ordinary run's settings."""
     return TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=96, per_device_eval_batch_size=200, max_grad_norm=1.0,
+        output_dir=str(folder), per_device_train_batch_size=128, per_device_eval_batch_size=200, max_grad_norm=1.0,
         lr_scheduler_type="cosine", weight_decay=0.01, adam_beta2=0.98, logging_steps=50, eval_strategy="steps",
-        eval_steps=1000, save_steps=500, save_total_limit=2, prediction_loss_only=True, report_to="none", seed=0,
+        eval_steps=500, save_steps=500, save_total_limit=2, prediction_loss_only=True, report_to="none", seed=0,
         train_sampling_strategy="group_by_length", length_column_name="length", disable_tqdm=True, **changes,
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--data", default="switch-task", help="where make_task.py left the rows")
     parser.add_argument("--output", type=Path, default=Path("examples/switch/teacher"))
     parser.add_argument("--work", type=Path, default=Path("teacher-run"), help="checkpoints go here")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
     set_seed(0)
@@ -120,7 +120,7 @@ def main() -> None:
     tokenizer = make_tokenizer(texts)
     train, held_out = (tokenized(rows, tokenizer) for rows in splits.values())
     model = build_model(tokenizer)
-    print(f"{len(train):,} rows, {sum(train['length']):,} tokens to predict; {model.num_parameters():,} parameters")
+    print(f"{len(train):,} rows, {sum(train['length']):,} tokens to read; {model.num_parameters():,} parameters")
 
     settings = arguments(args.work, max_steps=args.steps, learning_rate=args.learning_rate, warmup_steps=50)
     trainer = SwitchTrainer(
