@@ -263,7 +263,7 @@ def evaluate_checkpoint(
         dtype: What to compute in, whatever the weights are stored in.
         progress: Show a progress bar.
     """
-    refuse_encoder_decoder(load_config(path), "evaluation on text")
+    refuse_encoder_decoder(load_config(path, shared=True), "evaluation on text")
     model = load_model(path, dtype=dtype, device=device)
     swept = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
     speed = measure_speed(model, data.rows_NT[:1, :PROMPT], NEW_TOKENS)

@@ -118,7 +118,7 @@ class TaskSet:
         Raises:
             ValueError: The harness cannot run a task.
         """
-        refuse_encoder_decoder(load_config(model_path), "a task of the harness")
+        refuse_encoder_decoder(load_config(model_path, shared=True), "a task of the harness")
         model, tokenizer = load_model(model_path, dtype, device), load_tokenizer(model_path)
         with _quiet(progress and get_console().is_terminal):
             from lm_eval import evaluate

@@ -21,6 +21,15 @@ from slimmoe_hf.preflight import dtype_name
 from slimmoe_hf.scoring import scored_model
 
 
+_NEXT = {
+    "uniform": "verified; next: slimmoe distill --model {output} --teacher {model} ...",
+    "duplicate": "every merged expert in the place of all its members, verified",
+    "indirect": "shared; import slimmoe_hf and from_pretrained loads it, slimmoe export {output} --form duplicate makes a "
+    "stock one",
+}
+"""What is said of each form."""
+
+
 def merge(args: argparse.Namespace) -> None:
     """A checkpoint, text and a number of experts in, a checkpoint with so many merged experts out.
 
@@ -62,15 +71,6 @@ def merge(args: argparse.Namespace) -> None:
     plan.save(output / "plan")
     Console().print(describe_plan(plan), highlight=False, soft_wrap=True)
     rich.print(f"{output}: {plan.meta.target}, {_NEXT[form].format(output=output, model=args.model)}")
-
-
-_NEXT = {
-    "uniform": "verified; next: slimmoe distill --model {output} --teacher {model} ...",
-    "duplicate": "every merged expert in the place of all its members, verified",
-    "indirect": "shared; import slimmoe_hf and from_pretrained loads it, slimmoe export {output} --form duplicate makes a "
-    "stock one",
-}
-"""What is said of each form."""
 
 
 def _write_indirect(source: Path, plan: CompressionPlan, output: Path, overwrite: bool) -> None:

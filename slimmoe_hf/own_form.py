@@ -2,7 +2,9 @@
 
 A folder has the usual files, its weights under the names that they have in memory, so that a plain `Trainer` resumes from
 it. Stock classes would find experts missing there and invent some; so `config.json` names, as the weights file to load,
-none but the function to call, and `from_pretrained` of every stock class stops at it with that name in the message.
+none but the function to call, and `from_pretrained` of every stock class stops at it with that name in the message. One
+that is given another config (`config=`) does not see that; so what it would miss is there as a mark, an empty tensor of its
+name, at whose shape it stops.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.shards import SINGLE
 from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
 
-_GUARD_KEY = "transformers_weights"
+GUARD = "transformers_weights"
+"""The key of a `config.json` that has stock classes stop."""
+_MARK = torch.empty(0, dtype=torch.uint8)
 
 
 class FormEntry(BaseModel):
@@ -63,6 +67,10 @@ class OwnForm:
     def load_form(cls, folder: str | os.PathLike[str], dtype: str | torch.dtype | None) -> PreTrainedModel:
         """Read the form, ready to be trained."""
         raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module; marks are passed over, so that a plain `Trainer` resumes."""
+        return super().load_state_dict(without_marks(state_dict), *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self,
@@ -126,13 +134,22 @@ def write_form(
     entry = FormEntry(architecture=stock_of(type(model)).__name__, family=family, aliases=aliases(model))
     values = model.config.to_dict()
     values |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
-    values |= {_GUARD_KEY: guard, key: entry.model_dump(exclude_none=True)}
+    values |= {GUARD: guard, key: entry.model_dump(exclude_none=True)}
     values |= {"model_type": model_type} if model_type is not None else {}
+    with init_empty_weights():
+        stock: Any = stock_of(type(model))(model.config)
+    missed = stock.state_dict().keys() - tensors.keys() - stock.all_tied_weights_keys.keys()
+    written = {name: t.detach().contiguous() for name, t in tensors.items()} | dict.fromkeys(missed, _MARK)
     with replacing(folder / SINGLE, overwrite=True) as partial:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
+        save_file({name: t.clone() if t is _MARK else t for name, t in written.items()}, partial, {"format": "pt"})
     write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     if isinstance(model.generation_config, GenerationConfig):
         model.generation_config.save_pretrained(str(folder))
+
+
+def without_marks(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a file but for those that only mark what stock classes would miss."""
+    return {name: t for name, t in tensors.items() if t.shape != _MARK.shape or t.dtype != _MARK.dtype}
 
 
 def distinct(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +195,7 @@ def read_config(
         ) from error
     if entry.version != 1:
         raise ValueError(f"{folder}: a {what} checkpoint of version {entry.version}; this slimmoe_hf reads 1.")
-    values.pop(_GUARD_KEY, None)
+    values.pop(GUARD, None)
     values["architectures"] = [entry.architecture]
     values["model_type"] = entry.family or values["model_type"]
     return transformers.AutoConfig.for_model(**{**values, **(changes or {})}), entry
@@ -215,7 +232,8 @@ def read_tensors(folder: Path, dtype: str | torch.dtype | None) -> dict[str, Ten
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read ({error}). Fetch or make it again.") from error
     return {
-        name: tensor.to(wanted if tensor.is_floating_point() else None, copy=True) for name, tensor in stored.items()
+        name: tensor.to(wanted if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in without_marks(stored).items()
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.families import layer_views
+from slimmoe_hf.own_form import GUARD, OwnForm
 
 _NAMES = {"phimoe": "PhiMoEForCausalLM"}
 # Of a checkpoint as it lay somewhere, or for code that does not come along.
@@ -34,6 +35,8 @@ def serving_config(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key not in _DROPPED}
     model_type = values["model_type"]
     values["use_cache"] = True  # the Trainer turns it off, for its own sake
+    if GUARD in values:  # no engine loads a form of our own
+        return values
     for key in _EXPERT_KEYS.get(model_type, ()):
         number = next((values[name] for name in _EXPERT_KEYS[model_type] if name in values), None)
         values |= {key: number} if number is not None else {}
@@ -70,7 +73,7 @@ def needs_biases(config: PreTrainedConfig) -> bool:
 
 def add_biases(model: PreTrainedModel) -> None:
     """Give a model the biases that engines expect, all zero, in place; nothing where it has them or needs none."""
-    if not needs_biases(model.config):
+    if not needs_biases(model.config) or isinstance(model, OwnForm):
         return
     for linear in _without_bias(model):
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
@@ -79,7 +82,7 @@ def add_biases(model: PreTrainedModel) -> None:
 
 def missing_biases(model: PreTrainedModel) -> dict[str, Tensor]:
     """The biases that `add_biases` would give a model, by name, for a model that is to stay as it is."""
-    if not needs_biases(model.config):
+    if not needs_biases(model.config) or isinstance(model, OwnForm):
         return {}
     names = {id(module): name for name, module in model.named_modules()}
     return {

@@ -56,7 +56,7 @@ class Perplexity(evaluate.Metric):
         if not any(predictions):
             raise ValueError("perplexity needs text: all predictions are empty.")
         path = find_checkpoint(model_id)
-        refuse_encoder_decoder(load_config(path), "perplexity")
+        refuse_encoder_decoder(load_config(path, shared=True), "perplexity")
         model = load_model(path, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         data = held_out(datasets.Dataset.from_dict({"text": predictions}), load_tokenizer(path), max_length)
         loss = measure_loss(model, data.rows_NT, batch_size, progress=False).loss
