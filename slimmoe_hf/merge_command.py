@@ -20,7 +20,6 @@ from slimmoe_hf.plan import CompressionPlan, Target, validate_target
 from slimmoe_hf.preflight import dtype_name
 from slimmoe_hf.scoring import scored_model
 
-
 _NEXT = {
     "uniform": "verified; next: slimmoe distill --model {output} --teacher {model} ...",
     "duplicate": "every merged expert in the place of all its members, verified",

@@ -36,7 +36,9 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", decoder_only("text walks through one stack of layers; an encoder-decoder is refused"))
+@pytest.mark.parametrize(
+    "family", decoder_only("text walks through one stack of layers; an encoder-decoder is refused")
+)
 def test_scores_against_a_streamed_teacher_equal_those_in_memory(family: str, tmp_path: Path):
     model = save_tiny(tmp_path / "model", family)
     teacher = save_tiny(tmp_path / "teacher", family, seed=1)
