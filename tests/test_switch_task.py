@@ -81,7 +81,7 @@ def test_the_rows_are_those_of_the_card(task: dict[str, Any]):
     }  # fmt: skip
 
 
-@pytest.mark.slow  # sixty steps of training, by a Trainer that writes checkpoints
+@pytest.mark.slow  # 150 steps of training, by a Trainer that writes checkpoints
 def test_the_script_trains_a_checkpoint_that_learned(
     tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -94,7 +94,7 @@ def test_the_script_trains_a_checkpoint_that_learned(
     few = {"num_experts": 4} | {key: 1 for key in script["SHAPE"] if key.endswith("layers")}
     script["SHAPE"].update(few)
     folders = {"--data": tmp_path / "data", "--output": tmp_path / "model", "--work": tmp_path / "work"}
-    argv = ["train_teacher.py", "--steps", "60", *(str(part) for pair in folders.items() for part in pair)]
+    argv = ["train_teacher.py", "--steps", "150", *(str(part) for pair in folders.items() for part in pair)]
     monkeypatch.setattr(sys, "argv", argv)
     script["main"]()
     training = json.loads((tmp_path / "work" / "training.json").read_text())
