@@ -244,9 +244,7 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help="the student: a folder or a Hub id")
     parser.add_argument("--revision", metavar="REV", help="commit of a student on the Hub")
     _add_teacher(parser, "the original model")
-    parser.add_argument(
-        "--teacher-cache", metavar="DIR", help="its answers, from slimmoe cache write, in place of --teacher"
-    )
+    parser.add_argument("--teacher-cache", metavar="DIR", help="its answers, from slimmoe cache write, instead of it")
     _add_data(parser, "train", None, "train on at most so many tokens of text")
     _add_training(parser, TRAINING, "DistillationConfig")
     _add_output(parser, "DIR")
@@ -358,9 +356,7 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("folder", nargs="?", metavar="DIR", help="a run's folder, or a model's")
     parser.add_argument("repo", nargs="?", metavar="REPO", help="owner/name on the Hub")
     parser.add_argument("--private", action="store_true", help="only you and your organisation can see it")
-    parser.add_argument(
-        "--base-model", metavar="ID", help="Hub id of the original model (default: as the run names it)"
-    )
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of the original model (default: the run's own)")
     parser.add_argument("--license", metavar="ID", help="such as apache-2.0 (default: the original model's)")
     parser.add_argument("--branch", metavar="NAME", help="where to commit (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")

@@ -24,7 +24,8 @@ from slimmoe_hf.factored_checkpoint import load_factored
 from slimmoe_hf.factorization import sparse_density
 from slimmoe_hf.generation_evaluation import evaluate_generation
 from slimmoe_hf.loading import load_tokenizer, weights_sha256
-from slimmoe_hf.outlook import MACHINES, check_room
+from slimmoe_hf.machines import MACHINES
+from slimmoe_hf.outlook import check_room
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.recipe import load_any_recipe, load_recipe, parse_any_recipe
 from slimmoe_hf.report import Report
