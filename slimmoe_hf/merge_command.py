@@ -69,7 +69,8 @@ def merge(args: argparse.Namespace) -> None:
         )  # fmt: skip
     plan.save(output / "plan")
     Console().print(describe_plan(plan), highlight=False, soft_wrap=True)
-    rich.print(f"{output}: {plan.meta.target}, {_NEXT[form].format(output=output, model=args.model)}")
+    mean = " on average" if plan.adaptive else ""
+    rich.print(f"{output}: {plan.meta.target}{mean}, {_NEXT[form].format(output=output, model=args.model)}")
 
 
 def _write_indirect(source: Path, plan: CompressionPlan, output: Path, overwrite: bool) -> None:

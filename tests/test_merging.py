@@ -236,7 +236,7 @@ def test_the_command_merges_a_checkpoint_and_answers_bad_input_in_one_line(tmp_p
     for more, message in (
         ([], "merge needs num_experts"),
         (["--num-experts", "1"], "num_experts=1 is not between the 2 that"),
-        (["--num-experts", "4"], "--num-experts 4: the model has no more"),
+        (["--num-experts", "4"], "--num-experts 4: the model has 4 a layer"),
         (["--num-experts", "3", "--similarity", "x"], "--similarity x: unknown; use one of router_logits"),
         (["--num-experts", "3", "--grouping", "x"], "--grouping x: unknown; use one of dominant, clusters"),
     ):
