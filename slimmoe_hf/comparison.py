@@ -233,11 +233,15 @@ def _number(value: float | None) -> float:
     return value
 
 
+def _counted(number: int, what: str, many: str = "s") -> str:
+    return f"{number} {what}{many if number > 1 else ''}"
+
+
 def _machine(grid: Grid) -> str:
     """Where points ran, in words, without a name of the machine."""
     place = device()
     kind = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{platform.machine()} CPU"
-    each = f"{grid.processes} process{'es' if grid.processes > 1 else ''} of {grid.threads} thread(s)"
+    each = f"{_counted(grid.processes, 'process', 'es')} of {_counted(grid.threads, 'thread')}"
     return f"{kind}, {each}, torch {torch.__version__}"
 
 
@@ -257,10 +261,10 @@ def _outlook(grid: Grid, checked: Checked) -> Group:
                 (method.name, size.shape, f"{size.total:,}", f"{size.active:,}", shown_time(seconds[key]))
             )  # fmt: skip
         tables.append(aligned(rows, f"{budget.title}: {budget_of(checked.config, budget):,}", left=2))
-    seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
+    seeds = _counted(len(grid.seeds), "seed")
     points, total = len(grid.seeds) * len(seconds), len(grid.seeds) * sum(seconds.values())
     if len(grid.learning_rates) > 1:
-        seeds = f"{len(grid.seeds)} seed{'s' if len(grid.seeds) > 1 else ''}"
+        seeds = _counted(len(grid.seeds), "seed")
     points, total = (
         points + len(grid.learning_rates),
         total + len(grid.learning_rates) * next(iter(seconds.values())),

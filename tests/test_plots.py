@@ -593,7 +593,8 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
             model="teacher", data="sotu", tokens=10**6, original=1.9, seeds=3, recovery_tokens=10**6,
             tables=[
                 ComparedTable(
-                    words=f"Equal {equal} parameters",
+                    equal=equal,
+                    words=f"Equal {equal} parameters: 2,436,864",
                     places=[
                         Place(method=f"{row}. a method whose name is lon", shape="", before=(4 + row / 3, 0.2), after=(2.1, 0.01))
                         for row in range(rows)

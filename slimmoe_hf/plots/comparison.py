@@ -27,8 +27,9 @@ class Place(Data):
 
 
 class ComparedTable(Data):
-    """Methods at one budget. words: What is equal."""
+    """Methods at one budget. equal: `total` or `active`. words: What is equal, and how much."""
 
+    equal: str
     words: str
     places: list[Place]
 
@@ -57,7 +58,8 @@ class Compared(Picture):
     def title(self) -> str:
         first = self.tables[0]
         best = min(first.places, key=lambda place: place.after[0])
-        return f"{first.words}: lowest after recovery is {best.method}, {_said(best.after)} nats per token"
+        lowest = f"\u201c{best.method}\u201d: {_said(best.after)} nats per token"
+        return f"At equal {first.equal} parameters the lowest loss after recovery is that of {lowest}"
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -88,7 +90,7 @@ def picture_of(found: Comparison) -> Compared:
             )
             for row in table.rows
         ]  # fmt: skip
-        tables.append(ComparedTable(words=table.title.partition(" (")[0], places=places))
+        tables.append(ComparedTable(equal=table.equal, words=table.title.partition(" (")[0], places=places))
     return Compared(
         model=found.model, data=found.data, tokens=found.test_tokens, original=found.loss, seeds=len(found.seeds),
         recovery_tokens=found.recovery_tokens, tables=tables,
