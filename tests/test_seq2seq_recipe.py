@@ -281,16 +281,26 @@ def test_a_decoder_is_no_model_for_it(home: Path, tmp_path: Path):
         run_recipe(changed(home, tmp_path, model=str(tmp_path / "decoder")), tmp_path / "run")
 
 
-@pytest.mark.parametrize("command", ["push", "plot", "eval"])
+@pytest.mark.parametrize("command", ["push", "plot", "eval"])  # two runs at once cannot be drawn
 def test_other_commands_say_that_the_run_is_not_for_them(
     home: Path, report: Report, command: str, capsys: pytest.CaptureFixture[str]
 ):
     """In one line, and nothing of the run is touched."""
     run = str(home / "run")
-    arguments = {"push": [run, "a/b", "--dry-run"], "plot": [run], "eval": [run, "--tasks", "x"]}[command]
+    arguments = {"push": [run, "a/b", "--dry-run"], "plot": [run, str(home), "--json"], "eval": [run, "--tasks", "x"]}[
+        command
+    ]
     assert main([command, *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
+
+
+def test_stable_ranks_of_the_merged_layers_are_drawn(home: Path, report: Report, tmp_path: Path):
+    assert main(["plot", str(home / "run"), "--output", str(tmp_path / "plots")]) == 0
+    drawn = json.loads((tmp_path / "plots" / "stable_rank.json").read_text())["matrices"]
+    merged = [change for change in report.stable_ranks if change.experts_after < change.experts_before]
+    assert merged and {row["after"] for rows in drawn.values() for row in rows} == {change.after for change in merged}
+    assert sum(map(len, drawn.values())) == len(merged) and (tmp_path / "plots" / "stable_rank.png").is_file()
 
 
 # google/switch-base-32, as its own config.json has it.

@@ -34,7 +34,8 @@ class Plot:
     """A picture that was drawn.
 
     Attributes:
-        name: `kept`, `scores`, `router_load`, `losses` or `quality_size`; of one of several runs, `RUN/kept` and so on.
+        name: `kept`, `scores`, `router_load`, `losses` or `quality_size` (of a run that merged an encoder-decoder's experts
+            `stable_rank`); of one of several runs, `RUN/kept` and so on.
         caption: One sentence: what is seen, and what it found. A legend, and a text for those who cannot see it.
         png: The picture. json: Exactly the data in it.
     """

@@ -16,6 +16,7 @@ from slimmoe_hf.criteria import CRITERIA, expert_ranking, of_kept_experts, ranki
 from slimmoe_hf.lineage import public_name
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores, ScoreStage
+from slimmoe_hf.plots.ranks import stable_rank_picture
 from slimmoe_hf.plots.recovery import (
     Collapse,
     DriftStage,
@@ -27,7 +28,7 @@ from slimmoe_hf.plots.recovery import (
     SizePoint,
     SizeRun,
 )
-from slimmoe_hf.plots.runs import Run, length, read_run, run_names
+from slimmoe_hf.plots.runs import Run, length, ranks_of_merging, read_run, run_names
 from slimmoe_hf.routing import COLLAPSED, collapsed_experts
 from slimmoe_hf.stats import ExpertStats
 
@@ -51,6 +52,12 @@ def read_pictures(paths: Sequence[Path]) -> tuple[dict[str, Picture], list[str]]
         ValueError: As `read_run`; no runs, one given twice, or runs whose losses cannot stand on one axis.
     """
     names = run_names(paths)
+    for path, name in zip(paths, names, strict=True):
+        if ranks := ranks_of_merging(path):
+            if len(paths) > 1:
+                raise ValueError(f"{path}: a run for an encoder-decoder is drawn alone. Give it without the others.")
+            shown = stable_rank_picture(name, ranks)
+            return {shown.name: shown}, [f"{name}: of a run for an encoder-decoder only stable ranks are drawn."]
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
     together = quality_size(runs)
     pictures: dict[str, Picture] = {}

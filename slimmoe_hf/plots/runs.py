@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from slimmoe_hf.factorization import StableRankChange
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.report import ModelReport, Report
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
@@ -93,6 +94,13 @@ def read_run(path: Path, name: str | None = None) -> Run:
         ) from None
     plans = [CompressionPlan.load(path / f"stage-{stage}" / "plan") for stage in stages]
     return Run(path, name or path.resolve().name, report, steps.inputs, plans, histories)
+
+
+def ranks_of_merging(path: Path) -> list[StableRankChange]:
+    """Stable ranks of the layers whose experts a run merged, as its report has them; none of any other folder."""
+    if not (path / REPORT).is_file():
+        return []
+    return [row for row in Report.load(path / REPORT).stable_ranks if row.experts_after < row.experts_before]
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
