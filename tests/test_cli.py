@@ -257,6 +257,7 @@ def test_a_cache_takes_the_teachers_place(home: Path, capsys: pytest.CaptureFixt
     assert not list(home.glob("other*"))
 
 
+@pytest.mark.slow  # three commands, as another test has them for one split
 def test_a_cache_of_both_splits_serves_a_distillation_that_evaluates(home: Path, capsys: pytest.CaptureFixture[str]):
     text, config = ["--data", str(home / "text.jsonl"), *DATA], home / "evaluates.yaml"
     config.write_text("eval_strategy: steps\neval_steps: 1\nper_device_eval_batch_size: 4\n")
@@ -401,6 +402,7 @@ def test_other_commands_look_at_a_checkpoint_first_too(
     assert not (home / "stats.safetensors").exists()
 
 
+@pytest.mark.slow  # a process of its own a command
 def test_a_whole_process_prints_only_what_is_asked_for(home: Path):
     """As a user sees it: JSON alone on stdout, no warning of any library on stderr."""
     argv = ["eval", str(home / "teacher"), "--data", str(home / "text.jsonl"), *DATA, "--json"]

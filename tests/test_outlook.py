@@ -35,7 +35,13 @@ def planned(home: Path, machine: Machine, **stage: object) -> tuple[Recipe, Outl
     return recipe, found, outlook(recipe, found, machine, read_text(recipe, found.tokenizer))
 
 
-@pytest.mark.parametrize("cache", [None, TeacherCacheSpec()], ids=["live", "cached"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param(None, id="live", marks=pytest.mark.slow),
+        pytest.param(TeacherCacheSpec(), id="cached"),
+    ],  # whole runs
+)
 def test_every_step_of_a_run_is_announced_by_the_name_it_then_has(
     cache: TeacherCacheSpec | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -92,6 +98,7 @@ def test_a_streamed_sweep_needs_two_layers_and_a_disk(tmp_path: Path):
         check_room([streamed], dataclasses.replace(GPU, memory=streamed.memory // 2), None)
 
 
+@pytest.mark.slow  # traces full-size layers
 def test_a_streamed_sweep_against_a_teacher_holds_a_layer_of_either(tmp_path: Path):
     """In memory both are there at once; a streamed one is asked first and gone then."""
     more = {"tokens": 512, "loss": "kd_topk"}
@@ -124,6 +131,7 @@ def test_a_streamed_teacher_cache_needs_a_layer_and_a_disk(tmp_path: Path):
         check_room([large], GPU, 10**9 // 2)
 
 
+@pytest.mark.slow  # traces a full-size step for every setting
 def test_a_dry_run_on_a_small_machine_names_the_settings_that_make_each_step_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -147,6 +155,7 @@ def test_a_dry_run_on_a_small_machine_names_the_settings_that_make_each_step_fit
     assert run_recipe(parse_recipe(values, "recipe.yaml"), tmp_path / "run", dry_run=True, machine="small") is None
 
 
+@pytest.mark.slow  # traces a full-size step for every setting
 def test_what_no_setting_makes_fit_is_said_to_need_a_larger_machine(tmp_path: Path):
     recipe, _, steps = planned(tmp_path, GPU)
     tiny = dataclasses.replace(GPU, memory=1000)

@@ -94,6 +94,7 @@ print(json.dumps([loss.item(), rows[:, 1:].numel()]))
 """
 
 
+@pytest.mark.slow  # a process of its own that imports everything again
 def test_the_published_model_loads_and_its_loss_is_recomputed_without_us(home: Path, report: Report):
     """In a process that never imports slimmoe_hf, from what report.json says alone."""
     told = json.loads((home / "run" / "report.json").read_text())

@@ -139,6 +139,7 @@ def test_a_killed_command_continues_with_overwrite_too_and_says_how_long_it_take
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.safetensors", "whole.safetensors"]
 
 
+@pytest.mark.slow  # a whole run
 def test_a_recipe_may_stream_every_stage_and_its_teachers_answers(
     tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ):

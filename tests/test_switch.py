@@ -256,7 +256,7 @@ def test_the_commands_score_slim_and_merge_pairs_of_text(command, tmp_path: Path
     (tmp_path / "out").unlink()
     assert command("slim", "--num-experts", "3", "--criterion", "reap") == 0
     assert shape_of(load_model(tmp_path / "out").config).num_experts == 3
-    assert command("merge", "--num-experts", "2", "--overwrite", "--similarity", "outputs") == 0
+    assert command("merge", "--num-experts", "2", "--form", "uniform", "--overwrite", "--similarity", "outputs") == 0
     plan = CompressionPlan.load(tmp_path / "out" / "plan")
     ours, theirs = load_model(tmp_path / "out"), apply_plan(load_model(source), plan)
     assert torch.equal(ours(**batch).logits, theirs(**batch).logits) and ours.config.expert_capacity == 128

