@@ -16,9 +16,15 @@ from typing import Any, ClassVar
 
 _MEANINGLESS = {
     "adapter_kwargs", "code_revision", "force_download", "ignore_mismatched_sizes", "local_files_only",
-    "low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only", "_from_auto",
+    "low_cpu_mem_usage", "max_memory", "offload_folder", "trust_remote_code", "use_safetensors", "weights_only",
+    "_from_auto",
 }  # fmt: skip
 """Arguments of `from_pretrained` that ask for nothing here."""
+_UNMET = {
+    "cache_dir", "device_mesh", "distributed_config", "gguf_file", "key_mapping", "offload_buffers", "offload_state_dict",
+    "proxies", "state_dict", "subfolder", "tp_plan", "tp_size", "variant",
+}  # fmt: skip
+"""Those that ask for something which is not done; whatever is not theirs goes into the config, as with stock classes."""
 
 
 class _Loader:
@@ -34,20 +40,28 @@ class _Loader:
             ValueError: As `load_shared`; the checkpoint is of the other kind, or an argument that cannot be met.
         """
         shared = import_module("slimmoe_hf.shared_checkpoint")
-        folder = import_module("slimmoe_hf.loading").find_checkpoint(str(model), asked.pop("revision", None))
+        folder = import_module("slimmoe_hf.loading").find_checkpoint(
+            str(model), asked.pop("revision", None), token=asked.pop("token", None)
+        )
         given = {name: value for name, value in asked.items() if value is not None and name not in _MEANINGLESS}
         dtype, older = given.pop("dtype", None), given.pop("torch_dtype", None)
         place, report = given.pop("device_map", None), given.pop("output_loading_info", False)
         if isinstance(place, dict) and set(place) != {""}:
             raise ValueError(f"{folder}: a model with shared experts goes to one device: device_map={place!r}.")
         if "quantization_config" in given:
-            raise ValueError(f"{folder}: a model with shared experts is not quantised while it loads.")
+            raise ValueError(
+                f"{folder}: a model with shared experts is not quantised while it loads. Make a stock one first: slimmoe "
+                f"export {folder} --form duplicate --output OUT"
+            )
+        if unmet := sorted(given.keys() & _UNMET):
+            raise ValueError(f"{folder}: a model with shared experts takes no {', '.join(unmet)}. Leave it out.")
         dtype = dtype or older
         loaded = shared.load_shared(
             folder, dtype=None if dtype == "auto" else dtype, changes={**_changes(config, folder), **given}
         )
         if not type(loaded).__name__.endswith(cls.kind):
-            raise ValueError(f"{folder}: a {type(loaded).__name__}, which is loaded by another auto class.")
+            other = "Seq2SeqLM" if loaded.config.is_encoder_decoder else "CausalLM"
+            raise ValueError(f"{folder}: a {type(loaded).__name__}; load it with AutoModelFor{other}.")
         if place is not None:
             place = place[""] if isinstance(place, dict) else place
             loaded.to(_device() if place in ("auto", "balanced", "sequential") else place)

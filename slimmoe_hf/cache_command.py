@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import rich
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_writer import processes
-from slimmoe_hf.command_inputs import output_path, print_json, require, size_of, training_rows
+from slimmoe_hf.command_inputs import output_path, print_json, require, say, size_of, training_rows
 from slimmoe_hf.data import load_documents, tokenize
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.preflight import check_vocabulary
@@ -55,7 +54,7 @@ def _write(args: argparse.Namespace, teacher: str) -> None:
     )  # fmt: skip
     if processes().is_main_process:
         manifest = done.manifest
-        rich.print(
+        say(
             f"{output}: answers to {manifest.texts + manifest.answers:,} tokens in {manifest.texts:,} texts, "
             f"{_size(done):,} bytes; look into it with: slimmoe cache inspect {output}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from slimmoe_hf.atomic import refuse_existing, write_text
@@ -121,6 +122,17 @@ def same_request(checkpoints: Path, request: dict[str, Any], overwrite: bool) ->
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
     write_text(file, text)
+
+
+def refuse_source(source: Path, output: Path) -> None:
+    """Raise ValueError if what is to be written would replace what is read."""
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{output}: is the model itself, or holds it. Give another place to write to.")
+
+
+def say(text: str) -> None:
+    """A command's last word, on as many lines as it has: what it tells to run next can be copied."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(values: Any) -> None:

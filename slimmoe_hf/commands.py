@@ -42,6 +42,7 @@ from slimmoe_hf.command_inputs import (
     print_json,
     require,
     same_request,
+    say,
     size_of,
     target_of,
     training_rows,
@@ -108,7 +109,7 @@ def score(args: argparse.Namespace) -> None:
     stats.save(output)
     remove_work(args, output)
     size = "--num-experts E" if FAMILIES[stats.meta.family].no_width else "--expert-width N"
-    rich.print(f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} {size} --output plan")
+    say(f"{output}: {stats.meta.tokens:,} tokens scored; next: slimmoe plan {output} {size} --output plan")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -162,7 +163,7 @@ def slim(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.plan is None:
         remove_work(args, output)
-    rich.print(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
+    say(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -205,7 +206,7 @@ def distill(args: argparse.Namespace) -> None:
     with replacing(output, args.overwrite) as partial:
         save_checkpoint(model, tokenizer, partial, str(config.dtype or torch.float32).removeprefix("torch."))
     shutil.rmtree(checkpoints)
-    rich.print(f"{output}: done; measure it with: slimmoe eval {output} --data {args.data}")
+    say(f"{output}: done; measure it with: slimmoe eval {output} --data {args.data}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import rich
 from rich.console import Console
 
-from slimmoe_hf.command_inputs import print_json, require
+from slimmoe_hf.command_inputs import print_json, require, say
 from slimmoe_hf.compare_results import notes, shown
 from slimmoe_hf.comparison import compare as compare_grid
 
@@ -33,4 +32,4 @@ def compare(args: argparse.Namespace) -> None:
     console = Console(width=max(Console().width, _WIDTH))
     console.print(shown(found))
     console.print(*notes(found), sep="\n", highlight=False, markup=False, soft_wrap=True)
-    rich.print(f"{args.output}: results.json, table.md and comparison.png")
+    say(f"{args.output}: results.json, table.md and comparison.png")

@@ -22,6 +22,7 @@ from slimmoe_hf.cache_format import vocabulary_sha256
 from slimmoe_hf.compare_point import TEXT
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, tokenize
 from slimmoe_hf.evaluation import held_out, measure_loss
+from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.grid import Grid
 from slimmoe_hf.grid_sizes import Size, check_sizes
 from slimmoe_hf.loading import (
@@ -89,6 +90,7 @@ def check_grid(grid: Grid, where: str, weights: bool) -> Checked:
     model = find_checkpoint(grid.model, grid.revision, weights)
     config, tokenizer = load_config(model), load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
+    refuse_encoder_decoder(config, "slimmoe compare")
     sizes = check_sizes(grid, config, where)
     given = {**grid.recovery, "learning_rate": grid.learning_rates[0]}
     arguments = training_arguments(given, Path("unused"), grid.data.max_length, 0, f"{where}: recovery")

@@ -213,7 +213,14 @@ class _Run:
         if self.method.merge is not None:
             merge = self.method.merge
             stats = self._shared_scores()
-            plan = plan_merge(model, stats, merge.num_experts, similarity=merge.similarity, grouping=merge.grouping)
+            plan = plan_merge(
+                model,
+                stats,
+                merge.num_experts,
+                similarity=merge.similarity,
+                grouping=merge.grouping,
+                seed=self.point.seed,
+            )
             return apply_plan(model, plan)
         return model
 
@@ -257,7 +264,7 @@ class _Run:
         steps, stages = self.point.recovery["max_steps"], self.method.stages
         steps = steps * (stage + 1) // stages - steps * stage // stages
         given = {
-            **self.point.recovery, "max_steps": steps, "save_strategy": "no",
+            **self.point.recovery, "max_steps": steps, "save_strategy": "no", "dataloader_drop_last": True,
             "teacher_logits_path": str(self.bench.folder / CACHE),
         }  # fmt: skip
         arguments = training_arguments(
@@ -267,6 +274,10 @@ class _Run:
         train = self.bench.train
         if stages > 1:  # each on its own part: on one order all would begin with the same rows
             train = train.shuffle(seed=self.point.seed).shard(stages, stage, contiguous=True)
+        if len(train) < arguments.train_batch_size:
+            raise ValueError(
+                f"{len(train)} rows of recovery text a stage are no batch of {arguments.train_batch_size}. Raise data.tokens."
+            )
         teach(model, None, arguments, self.bench.tokenizer, train, None, label, callbacks)
         shutil.rmtree(str(arguments.output_dir), ignore_errors=True)  # the trainer makes it, and saves nothing
         rows = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps

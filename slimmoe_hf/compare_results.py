@@ -148,8 +148,8 @@ def notes(found: Comparison) -> list[str]:
         f"The original model: {found.total_parameters:,} parameters, {found.active_parameters:,} active, {found.loss:.3f}.",
         "`left` is experts per layer x their width; of factored ones the rank r and the share of S that remains.",
         f"Every method was given {found.calibration_tokens:,} tokens of calibration text, if it scores at all, and "
-        f"{found.recovery_tokens:,} tokens of recovery: the same rows, the same answers of the original model, the same "
-        f"schedule. Sizes are within {TOLERANCE:.0%} of the budget.",
+        f"{found.recovery_tokens:,} tokens of recovery, of the same text and the same answers of the original model; which "
+        f"of its rows are left over depends on seed and stages. Sizes are within {TOLERANCE:.0%} of the budget.",
     ]
     if found.learning_rates:
         tried = ", ".join(f"{float(rate):g}: {loss:.3f}" for rate, loss in found.learning_rates.items())
@@ -160,12 +160,18 @@ def notes(found: Comparison) -> list[str]:
     methods = [method for table in found.grid["tables"] for method in table["methods"]]
     if any(method["stages"] > 1 for method in methods):
         lines.append(
-            "Where a cut is made in stages, `after the cut` is after the last one, part of the recovery behind it."
+            "Where a cut is made in stages, `after the cut` is after the last one, part of the recovery behind it; every stage "
+            "has a new optimizer, and the whole warm-up and schedule in its share of the steps."
         )
     if any(method["factor"] for method in methods):
         lines.append(
             "Factored experts are trained from all of S down to the share that is kept; `after the cut` cuts it at once, by "
             "the size of its rows."
+        )
+    if any(method["merge"] for method in methods):
+        lines.append(
+            "Merging is in the `uniform` form, which stock classes load: routers keep the rows of the dominant experts only, and "
+            "train. M-SMoE's own form keeps all rows, another function; it was not compared."
         )
     return lines
 

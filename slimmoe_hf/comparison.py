@@ -77,7 +77,7 @@ def compare(file: str | Path, output: str | Path, overwrite: bool = False, dry_r
 
 def _command(file: Path) -> str:
     """What to type for the same: no folder of the user's."""
-    return f"slimmoe compare {file.name if file.is_absolute() else file} --output DIR"
+    return f"slimmoe compare {file.name if file.is_absolute() or '..' in file.parts else file} --output DIR"
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import rich
 from transformers import PreTrainedModel
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.checkpoint import carry
-from slimmoe_hf.command_inputs import output_path, require
+from slimmoe_hf.command_inputs import output_path, refuse_source, require, say
 from slimmoe_hf.factored_checkpoint import load_factored
 from slimmoe_hf.factorization import densify
 from slimmoe_hf.loading import FACTORED, form_of, weight_bytes
@@ -48,6 +47,7 @@ def export(args: argparse.Namespace) -> None:
     """
     require(args, "folder", "form", "output")
     folder, output = Path(args.folder).expanduser(), output_path(args)
+    refuse_source(folder, output)
     wanted, what, load = FORMS[args.form]
     form = form_of(folder)
     if form is None:
@@ -63,4 +63,4 @@ def export(args: argparse.Namespace) -> None:
         carry(folder, partial)
         if (folder / "plan").is_dir():
             shutil.copytree(folder / "plan", partial / "plan")
-    rich.print(f"{output}: a stock checkpoint, {weight_bytes(output):,} bytes of weights")
+    say(f"{output}: a stock checkpoint, {weight_bytes(output):,} bytes of weights")

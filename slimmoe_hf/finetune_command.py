@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import rich
 from rich.console import Console
 
-from slimmoe_hf.command_inputs import output_path, require
+from slimmoe_hf.command_inputs import output_path, require, say
 from slimmoe_hf.finetune import finetune as run
 from slimmoe_hf.finetune_report import shown
 from slimmoe_hf.finetune_settings import Adapter
@@ -25,7 +24,7 @@ def finetune(args: argparse.Namespace) -> None:
     for part in shown(report):
         Console().print(part, highlight=False, soft_wrap=isinstance(part, str))
     what = "an adapter for PEFT" if args.lora and not args.merge else "whole weights"
-    rich.print(f"{output}: {what}, and finetune.json")
+    say(f"{output}: {what}, and finetune.json")
 
 
 def _adapter(args: argparse.Namespace) -> Adapter | None:

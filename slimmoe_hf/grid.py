@@ -40,6 +40,7 @@ _ELSEWHERE = {
     "save_strategy": "a point that was stopped begins again",
     "save_steps": "a point that was stopped begins again",
     "report_to": "the results are in one file",
+    "dataloader_drop_last": "whole batches alone are trained on, so that tokens are equal",
     "teacher_logits_path": "the grid's `teacher_cache` says what is kept of the answers",
     "precompute_teacher_logits": "the teacher's answers are written once for all points",
 }
@@ -71,6 +72,10 @@ class Merge(Strict):
         for given, known in ((self.similarity, SIMILARITIES), (self.grouping, GROUPINGS)):
             if given not in known:
                 raise ValueError(f"{given!r} is unknown; use one of {', '.join(known)}")
+        if self.similarity == "outputs":
+            raise ValueError(
+                "similarity 'outputs' runs every expert on every token, and a comparison does not; use another"
+            )
         return self
 
 
@@ -177,7 +182,7 @@ class Grid(Document):
             the rest, by the seed.
         tables: What is compared, each at a budget of its own.
         seeds: Each seed is another sample of calibration text, another order of the recovery text, and other random
-            choices.
+            choices. Where recovery takes several passes, keep them far apart: a pass is ordered by seed + its number.
         calibration: How scores are taken.
         learning_rates: The peak rate of recovery is chosen among these once, for all methods: the first method of the
             first table recovers at each, with the first seed, and the lowest validation loss wins. A single one is taken.
@@ -218,6 +223,12 @@ class Grid(Document):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError("max_steps, the optimizer steps that every method trains for, should be 1 or more")
         return arguments
+
+    @model_validator(mode="after")
+    def _packed(self) -> Grid:
+        if not self.data.packing:
+            raise ValueError("data.packing: rows of unequal length would make recovery unequal; leave it true")
+        return self
 
     def rows(self) -> Iterator[tuple[int, int, Method]]:
         """Every method of every table: `(number of the table, number of the method in it, itself)`, both from 0."""

@@ -31,13 +31,16 @@ FACTORED = "slimmoe_factored"
 DEVICE_SHARE = 0.85  # of a GPU's free memory that weights may take; the rest is for what is computed
 
 
-def find_checkpoint(model: str, revision: str | None = None, weights: bool = True) -> Path:
+def find_checkpoint(
+    model: str, revision: str | None = None, weights: bool = True, token: str | bool | None = None
+) -> Path:
     """The local folder of a checkpoint; a Hub id is downloaded (weights as safetensors only).
 
     Args:
         model: A folder or a Hub id.
         revision: A commit, tag or branch of the Hub id.
         weights: Download the weights too; without them the folder has config, tokenizer and index.
+        token: For the Hub, where the one that is logged in with will not do.
 
     Raises:
         ValueError: It is neither.
@@ -50,7 +53,7 @@ def find_checkpoint(model: str, revision: str | None = None, weights: bool = Tru
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=[*_SMALL, *(["*.safetensors"] if weights else [])]
+                model, revision=revision, allow_patterns=[*_SMALL, *(["*.safetensors"] if weights else [])], token=token
             )
         )
     except (OSError, HTTPError, HFValidationError) as error:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import rich
 from rich.console import Console
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.checkpoint import carry, slim_checkpoint
-from slimmoe_hf.command_inputs import output_path, require, size_of
+from slimmoe_hf.command_inputs import output_path, refuse_source, require, say, size_of
 from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.families import family_of, shape_of
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
@@ -44,6 +43,7 @@ def merge(args: argparse.Namespace) -> None:
         if given not in known:
             raise ValueError(f"--{flag} {given}: unknown; use one of {', '.join(known)}.")
     path = find_checkpoint(args.model, args.revision)
+    refuse_source(path, output)
     config = load_config(path)
     form = args.form or ("indirect" if family_of(config).encoder_decoder and not args.uniform else "uniform")
     counts: Counts = "uniform" if args.uniform or form == "uniform" else "adaptive"
@@ -67,10 +67,10 @@ def merge(args: argparse.Namespace) -> None:
             args.model, plan, output, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
             duplicate=form == "duplicate",
         )  # fmt: skip
-    plan.save(output / "plan")
+        plan.save(output / "plan")
     Console().print(describe_plan(plan), highlight=False, soft_wrap=True)
     mean = " on average" if plan.adaptive else ""
-    rich.print(f"{output}: {plan.meta.target}{mean}, {_NEXT[form].format(output=output, model=args.model)}")
+    say(f"{output}: {plan.meta.target}{mean}, {_NEXT[form].format(output=output, model=args.model)}")
 
 
 def _write_indirect(source: Path, plan: CompressionPlan, output: Path, overwrite: bool) -> None:
@@ -79,3 +79,4 @@ def _write_indirect(source: Path, plan: CompressionPlan, output: Path, overwrite
     with replacing(output, overwrite) as partial:
         model.save_pretrained(partial)
         carry(source, partial)
+        plan.save(partial / "plan")

@@ -37,7 +37,7 @@ def share_merged(model: M, plan: CompressionPlan) -> M:
         The same object, now also a `SharedModel`.
 
     Raises:
-        ValueError: The plan merges nothing, or is for another model. Nothing was changed.
+        ValueError: The plan merges nothing, or is for another family or other sizes. Nothing was changed.
     """
     _check_merges(model, plan)
     layout = family_of(model.config).layout
@@ -66,7 +66,7 @@ def duplicate_merged(model: M, plan: CompressionPlan) -> M:
         The same object.
 
     Raises:
-        ValueError: The plan merges nothing, or is for another model. Nothing was changed.
+        ValueError: The plan merges nothing, or is for another family or other sizes. Nothing was changed.
     """
     _check_merges(model, plan)
     layout, width = family_of(model.config).layout, shape_of(model.config).expert_width

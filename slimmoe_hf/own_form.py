@@ -4,14 +4,15 @@ A folder has the usual files, its weights under the names that they have in memo
 it. Stock classes would find experts missing there and invent some; so `config.json` names, as the weights file to load,
 none but the function to call, and `from_pretrained` of every stock class stops at it with that name in the message. One
 that is given another config (`config=`) does not see that; so what it would miss is there as a mark, an empty tensor of its
-name, at whose shape it stops.
+name, at whose shape it stops (with `ignore_mismatched_sizes=True` as well, transformers makes experts up and lists them).
+Other marks name the groups that shared experts are of.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +60,10 @@ class OwnForm:
 
     stock: ClassVar[type[PreTrainedModel]]
 
+    def _get_name(self) -> str:
+        """The stock class's: by it a Trainer with label smoothing knows whether labels are to be shifted."""
+        return stock_of(type(self)).__name__
+
     def save_form(self, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None) -> None:
         """Write the form."""
         raise NotImplementedError
@@ -69,7 +74,13 @@ class OwnForm:
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As every module; marks are passed over, so that a plain `Trainer` resumes."""
+        """As every module; marks are passed over, so that a plain `Trainer` resumes.
+
+        Raises:
+            ValueError: The weights are of other groups of experts.
+        """
+        assert isinstance(self, PreTrainedModel)
+        _check_groups(state_dict, self.config, type(self).__name__)
         return super().load_state_dict(without_marks(state_dict), *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
@@ -138,13 +149,28 @@ def write_form(
     values |= {"model_type": model_type} if model_type is not None else {}
     with init_empty_weights():
         stock: Any = stock_of(type(model))(model.config)
-    missed = stock.state_dict().keys() - tensors.keys() - stock.all_tied_weights_keys.keys()
+    missed = (stock.state_dict().keys() - tensors.keys() - stock.all_tied_weights_keys.keys()) | _groups(model.config)
     written = {name: t.detach().contiguous() for name, t in tensors.items()} | dict.fromkeys(missed, _MARK)
     with replacing(folder / SINGLE, overwrite=True) as partial:
         save_file({name: t.clone() if t is _MARK else t for name, t in written.items()}, partial, {"format": "pt"})
     write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     if isinstance(model.generation_config, GenerationConfig):
         model.generation_config.save_pretrained(str(folder))
+
+
+def _groups(config: PreTrainedConfig) -> set[str]:
+    """Names of the marks of a config's groups."""
+    groups = config.to_dict().get(GROUPS, {})
+    return {f"{GROUPS}.{layer}.{'-'.join(map(str, owner))}" for layer, owner in groups.items()}
+
+
+def _check_groups(names: Iterable[str], config: PreTrainedConfig, where: str) -> None:
+    """Raise ValueError if marks among the names are of other groups than the config's."""
+    found = {name for name in names if name.startswith(f"{GROUPS}.")}
+    if found and found != _groups(config):
+        raise ValueError(
+            f"{where}: these weights are of other groups of experts. Merge with the plan that they are of."
+        )
 
 
 def without_marks(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +220,9 @@ def read_config(
             "Stock ones load with from_pretrained."
         ) from error
     if entry.version != 1:
-        raise ValueError(f"{folder}: a {what} checkpoint of version {entry.version}; this slimmoe_hf reads 1.")
+        raise ValueError(
+            f"{folder}: a {what} checkpoint of version {entry.version}; this slimmoe_hf reads 1. Update it."
+        )
     values.pop(GUARD, None)
     values["architectures"] = [entry.architecture]
     values["model_type"] = entry.family or values["model_type"]
@@ -224,13 +252,14 @@ def skeleton(
     return model
 
 
-def read_tensors(folder: Path, dtype: str | torch.dtype | None) -> dict[str, Tensor]:
+def read_tensors(folder: Path, dtype: str | torch.dtype | None, config: PreTrainedConfig) -> dict[str, Tensor]:
     """A checkpoint's tensors in memory of their own: where they lie in the file, products would round otherwise."""
     file, wanted = folder / SINGLE, getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read ({error}). Fetch or make it again.") from error
+    _check_groups(stored, config, str(file))
     return {
         name: tensor.to(wanted if tensor.is_floating_point() else None, copy=True)
         for name, tensor in without_marks(stored).items()

@@ -217,8 +217,8 @@ class CompressionPlan:
         if self.adaptive:
             sizes = sorted(map(len, self.experts.values()))
             raise ValueError(
-                f"the plan leaves {sizes[0]} to {sizes[-1]} experts a layer, and a stock model has one number for all. Use "
-                "share_merged or duplicate_merged of slimmoe_hf.merged_forms, or merge with counts='uniform'."
+                f"the plan leaves every layer a number of experts of its own ({sizes[0]} to {sizes[-1]}), a stock model has one "
+                "for all. Use share_merged or duplicate_merged of slimmoe_hf.merged_forms, or merge with counts='uniform'."
             )
 
     def with_request(self, request: dict[str, Any] | None) -> CompressionPlan:

@@ -176,8 +176,9 @@ def read_pairs(recipe: Seq2SeqRecipe, tokenizer: PreTrainedTokenizerBase) -> Pai
     parts["test"] = measured.take(evaluation.tokens)
     pairs = measured.taken()
     parts["validation"] = picks["validation"].take(data.validation_tokens)
+    unused = {"calibration": wanted == 0, "validation": evaluation.split == "validation"}
     for name, part in parts.items():
-        if len(part) == 0 and not (name == "calibration" and wanted == 0):
+        if len(part) == 0 and not unused.get(name, False):
             raise ValueError(
                 f"{data.source} ({name}): no pair is left that has at most {data.max_source_length} and {data.max_target_length} "
                 "tokens. Bring more, or raise data.max_source_length or data.max_target_length."

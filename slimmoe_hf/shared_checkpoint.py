@@ -85,6 +85,6 @@ def load_shared(
     folder = Path(folder)
     config, entry = read_config(folder, SHARED, "shared", changes)
     model = skeleton(config, entry, stock, folder)
-    fill(model, entry, read_tensors(folder, dtype), folder)
+    fill(model, entry, read_tensors(folder, dtype, config), folder)
     model.__class__ = shared_class(stock_of(type(model)))
     return model

@@ -119,7 +119,8 @@ def keep_space(model: PreTrainedModel, groups: Mapping[Any, Sequence[int]]) -> N
         number = layers[layer].num_experts if layer in layers else None
         if len(owner) != number or sorted(set(owner)) != list(range(max(owner) + 1)):
             raise ValueError(
-                f"config.json: {GROUPS}.{layer} is not a table of the {number or 'missing'} experts there."
+                f"config.json: {GROUPS}.{layer} is not a table of the {number or 'missing'} experts there. Bring the config.json "
+                "and the weights that belong together."
             )
         experts: Any = layers[layer]
         for name, parameter in list(experts.named_parameters(recurse=False)):

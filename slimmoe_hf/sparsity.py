@@ -74,8 +74,8 @@ class SparsityCallback(TrainerCallback):
         beta: Of the moving average; .85 is the paper's.
 
     Raises:
-        ValueError: Settings out of range; from `train()`: no factored experts, S packed or frozen, a sharded model, a
-            resumed run with other settings or without its state.
+        ValueError: Settings out of range; from `train()`: no factored experts, S packed or frozen, a sharded model,
+            `load_best_model_at_end`, a resumed run with other settings or without its state.
 
     Example:
         ```python
@@ -106,6 +106,11 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Find what is to be made sparse, and the state of the run that is resumed."""
         model = kwargs["model"]
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True would bring back a step with more of S than density says, for rows go until the "
+                "end. Set it to False."
+            )
         if args.fsdp or args.deepspeed or any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(
                 "SparsityCallback needs whole matrices: train without FSDP, DeepSpeed and tensor parallelism."

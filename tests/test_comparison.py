@@ -158,6 +158,13 @@ def test_results_table_and_picture_lie_in_the_folder_and_name_no_path(finished: 
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     grid = json.loads((out / "results.json").read_text())["grid"]
     assert grid["model"] == "teacher" and grid["data"]["source"] == "text.jsonl"
+    assert all(str(home) not in (out / name).read_text() for name in ("results.json", "table.md"))
+
+
+def test_each_seed_recovers_in_an_order_of_its_own(finished: tuple[Path, Comparison]):
+    """Factoring scores nothing and draws nothing: only the order of recovery can tell its seeds apart."""
+    (row,) = [row for table in finished[1].tables for row in table.rows if row.method == "factor"]
+    assert len(set(row.before.values)) == 1 and len(set(row.after.values)) == len(row.after.values) > 1
 
 
 def test_finished_points_are_not_done_again_and_torn_ones_are(
@@ -307,7 +314,8 @@ def test_the_table_says_what_was_found():
         model="teacher", data="sotu", model_sha256="", test_sha256="", total_parameters=10, active_parameters=5, loss=3.0,
         test_tokens=1000, calibration_tokens=200, recovery_tokens=3000, learning_rates={"0.001": 3.9, "0.002": 3.8},
         tuned_on="narrow", learning_rate=0.002, seeds=[0, 1],
-        grid={"tables": [{"methods": [{"stages": 2, "factor": None}]}]}, command="slimmoe compare g.yaml --output out",
+        grid={"tables": [{"methods": [{"stages": 2, "factor": None, "merge": {"num_experts": 2}}]}]},
+        command="slimmoe compare g.yaml --output out",
         machine="a CPU", version="1", tables=[Table(equal="total", expert_share=0.25, parameters=2436864, rows=rows)],
     )  # fmt: skip
     text = as_markdown(found)
@@ -315,7 +323,13 @@ def test_the_table_says_what_was_found():
     assert "| narrow | 8x96 | 2,436,864 | 1,552,128 | 4.500 \u00b1 6.353 | 3.500 \u00b1 0.000 |" in text
     assert "**Equal total parameters: 2,436,864 (25% of the experts')**" in text
     assert "chosen once, on the validation split, with `narrow` and the first seed" in text
-    assert "two seeds" not in text and "2 seeds" in text and "in stages" in text and "Factored" not in text
+    assert (
+        "two seeds" not in text
+        and "2 seeds" in text
+        and "in stages" in text
+        and "Factored" not in text
+        and "`uniform` form" in text
+    )
 
 
 @pytest.mark.parametrize("method", [

@@ -109,7 +109,7 @@ def test_an_adaptive_plan_is_saved_shown_and_checked(tmp_path):
     assert loaded.sha256 == plan.sha256 != plan_merge(model, stats, 2).sha256
     assert "experts 4 -> 2 on average" in describe_plan(loaded) and "counts adaptive" in describe_plan(loaded)
     for refused in (lambda: apply_plan(model, plan),):
-        with pytest.raises(ValueError, match="leaves 1 to 3 experts a layer, and a stock") as error:
+        with pytest.raises(ValueError, match=r"experts of its own \(1 to 3\), a stock model has one") as error:
             refused()
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="does not leave 2 experts a layer on average"):
@@ -254,10 +254,13 @@ def test_auto_classes_take_their_arguments(tmp_path):
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **given)
     assert model.dtype == torch.bfloat16 and not model.config.use_cache and not any(report.values())
     assert model.config._attn_implementation == "eager" and model.config.model_type == "olmoe"
-    with pytest.raises(ValueError, match="is loaded by another auto class"):
+    with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="goes to one device"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"model": "cpu", "lm_head": "cpu"})
+    with pytest.raises(ValueError, match="takes no variant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    assert "hf_secret" not in str(AutoModelForCausalLM.from_pretrained(tmp_path, token="hf_secret").config.to_dict())
 
 
 IMPORTS = {
@@ -336,6 +339,44 @@ def test_no_stock_class_invents_experts(family, kind, tmp_path):
             stock.from_pretrained(tmp_path, **options)
     with pytest.raises(RuntimeError, match="mismatch"):
         stock.from_pretrained(tmp_path, config=config)
+    forced = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    assert stock.from_pretrained(tmp_path, **forced)[1]["mismatched_keys"], "who forces both is told"
+
+
+@pytest.mark.parametrize("kind", ["shared", "factored"])
+def test_weights_of_other_groups_are_refused(kind, tmp_path):
+    """Same sizes, other groups: nothing else would tell."""
+    model, plan = merged("olmoe", "uniform")
+    other = dataclasses.replace(
+        plan, blends={at: dataclasses.replace(b, owner=1 - b.owner) for at, b in plan.blends.items()}
+    )
+    one, two = (share_merged(copy.deepcopy(model), each) for each in (plan, other))
+    if kind == "factored":
+        one, two = factor_experts(one, 8), factor_experts(two, 8)
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="of other groups of experts"):
+        two.load_state_dict(load_file(tmp_path / "one" / "model.safetensors"), strict=False)
+    (tmp_path / "one" / "config.json").write_text((tmp_path / "two" / "config.json").read_text())
+    with pytest.raises(ValueError, match="of other groups of experts"):
+        (load_shared if kind == "shared" else load_factored)(tmp_path / "one")
+
+
+@pytest.mark.parametrize("kind", ["shared", "factored"])
+def test_label_smoothing_shifts_labels_as_of_a_stock_model(kind, tmp_path):
+    model = shared("olmoe") if kind == "shared" else factor_experts(model_of("olmoe"), 8)
+    trainer = Trainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[], label_smoothing_factor=1e-7))
+    batch = tiny_batch()
+    assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    shared("olmoe").save_pretrained(tmp_path / "run" / "final")
+    for output in ("run", "run/final"):
+        given = ["export", str(tmp_path / "run" / "final"), "--form", "duplicate", "--output", str(tmp_path / output)]
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert cli.main([*given, "--overwrite"]) == 2 and "is the model itself, or holds it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
 def _lose(folder: Path) -> None:
@@ -360,7 +401,7 @@ def _regroup(change: str, to: str):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"1234"), "cannot be read"),
         (lambda folder: tiny_model("olmoe").config.save_pretrained(folder), "not a shared checkpoint"),
         (_regroup('"version": 1', '"version": 2'), "of version 2"),
-        (_regroup('"expert_groups"', '"expert_group"'), "does not hold the weights"),
+        (_regroup('"expert_groups"', '"expert_group"'), "of other groups of experts"),
         (_regroup('"num_experts": 4', '"num_experts": 5'), r"expert_groups.0 is not a table of the 5 experts"),
         (_regroup('"num_hidden_layers": 2', '"num_hidden_layers": 1'), "expert_groups.1 is not a table of the missing"),
     ],
