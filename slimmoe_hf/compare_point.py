@@ -183,7 +183,15 @@ class _Run:
         self.scored = 0
 
     def run(self) -> PointResult:
-        """Make it small, measure, recover, measure."""
+        """Make it small, measure, recover, measure. A learning rate that is only tried may diverge: `after` is None then."""
+        try:
+            return self._run()
+        except FloatingPointError:
+            if self.point.split != "validation":
+                raise
+            return PointResult(seconds=0)
+
+    def _run(self) -> PointResult:
         model, method = self._start(), self.method
         before, trained = 0.0, 0
         for stage in range(method.stages):

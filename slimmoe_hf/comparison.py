@@ -8,6 +8,7 @@ again, whatever stopped the command, and whatever else the grid asks for now.
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import time
@@ -125,14 +126,17 @@ class _Comparison:
         tried: list[float] = []
         if len(grid.learning_rates) > 1:
             self._do([(f"{first.name}, learning rate {p.recovery['learning_rate']:g}", p) for p in asked])
-            tried = [_number(self._result(p).after) for p in asked]
+            tried = [math.inf if (after := self._result(p).after) is None else after for p in asked]
+            if min(tried) == math.inf:
+                raise ValueError("recovery diverges at every one of learning_rates. Give lower ones.")
         rate = grid.learning_rates[tried.index(min(tried)) if tried else 0]
         self._do([
             (f"{method.name}, seed {seed}", self._point(method, seed, rate, "test"))
             for seed in grid.seeds
             for method in methods
         ])  # fmt: skip
-        found = self._found(rate, {f"{r:g}": loss for r, loss in zip(grid.learning_rates, tried, strict=False)})
+        losses = {f"{r:g}": loss for r, loss in zip(grid.learning_rates, tried, strict=False) if loss < math.inf}
+        found = self._found(rate, losses)
         write_text(self.folder / RESULTS, found.model_dump_json(indent=2) + "\n")
         write_text(self.folder / TABLE, as_markdown(found))
         (self.folder / PICTURE).write_bytes(png(picture_of(found)))

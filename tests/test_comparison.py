@@ -150,6 +150,17 @@ def test_the_learning_rate_is_the_one_of_the_lowest_validation_loss(finished: tu
     assert {point.recovery["learning_rate"] for point in points if point.split == "test"} == {found.learning_rate}
 
 
+def test_a_learning_rate_that_diverges_only_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(comparison, "do_points", in_this_process)
+    values = tiny_grid(tmp_path)
+    table = {**values["tables"][0], "methods": values["tables"][0]["methods"][:1]}
+    few = {**values, "seeds": [3], "learning_rates": [1e30, 1e-3], "tables": [table]}
+    threads = torch.get_num_threads()
+    found = comparison.compare(write_grid(tmp_path, few), tmp_path / "out")
+    torch.set_num_threads(threads)
+    assert found is not None and found.learning_rate == 1e-3 and list(found.learning_rates) == ["0.001"]
+
+
 def test_results_table_and_picture_lie_in_the_folder_and_name_no_path(finished: tuple[Path, Comparison]):
     home, found = finished
     out = home / "out"

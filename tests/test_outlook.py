@@ -35,13 +35,8 @@ def planned(home: Path, machine: Machine, **stage: object) -> tuple[Recipe, Outl
     return recipe, found, outlook(recipe, found, machine, read_text(recipe, found.tokenizer))
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [
-        pytest.param(None, id="live", marks=pytest.mark.slow),
-        pytest.param(TeacherCacheSpec(), id="cached"),
-    ],  # whole runs
-)
+@pytest.mark.slow  # whole runs
+@pytest.mark.parametrize("cache", [None, TeacherCacheSpec()], ids=["live", "cached"])
 def test_every_step_of_a_run_is_announced_by_the_name_it_then_has(
     cache: TeacherCacheSpec | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
