@@ -21,6 +21,7 @@ from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, load_documents, tokenize_pairs
 from slimmoe_hf.families import FAMILIES, SWITCH, layer_views, moe_layers, shape_of
 from slimmoe_hf.loading import load_model
+from slimmoe_hf.merged_forms import share_merged
 from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.stats import ExpertStats
@@ -267,6 +268,11 @@ def test_the_commands_score_slim_and_merge_pairs_of_text(command, tmp_path: Path
     plan = CompressionPlan.load(tmp_path / "out" / "plan")
     ours, theirs = load_model(tmp_path / "out"), apply_plan(load_model(source), plan)
     assert torch.equal(ours(**batch).logits, theirs(**batch).logits) and ours.config.expert_capacity == 128
+    assert command("merge", "--num-experts", "2", "--overwrite") == 0  # by default as in the paper
+    plan = CompressionPlan.load(tmp_path / "out" / "plan")
+    ours, theirs = load_model(tmp_path / "out"), share_merged(load_model(source), plan)
+    assert plan.adaptive and torch.equal(ours(**batch).logits, theirs(**batch).logits)
+    assert ours.config.expert_capacity == 64 and ours.config.num_experts == NUM_EXPERTS
 
 
 def test_the_commands_answer_bad_input_in_one_line(command, tmp_path: Path, capsys):
