@@ -152,7 +152,7 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["phi-mini-moe", "phi-tiny-moe"])
+@pytest.mark.parametrize("name", ["phi-tiny-moe"])  # five minutes; phi-mini-moe is the same without the attention's cut
 def test_the_shipped_phi_recipe_runs_at_full_width(name: str, phi: Path, tmp_path: Path):
     """Only model, data and counts are overridden."""
     values = read_yaml(EXAMPLES / f"{name}.yaml")
