@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,8 @@ from slimmoe_hf.factored import (
     unpack,
 )
 from slimmoe_hf.loading import FACTORED
-from slimmoe_hf.own_form import OwnForm, distinct, fill, read_config, read_tensors, skeleton, write_form
-from slimmoe_hf.shared_checkpoint import shared_class
+from slimmoe_hf.own_form import OwnForm, class_of, distinct, fill, read_config, read_tensors, skeleton, write_form
+from slimmoe_hf.shared_checkpoint import SharedModel
 from slimmoe_hf.shared_experts import is_shared
 
 _GUARD = "the experts here are factored; load them with slimmoe_hf.factored_checkpoint.load_factored(folder)"
@@ -50,17 +49,6 @@ class FactoredModel(OwnForm):
     def load_form(cls, folder: str | os.PathLike[str], dtype: str | torch.dtype | None) -> PreTrainedModel:
         """As `load_factored(folder, regrow=True)`."""
         return load_factored(folder, regrow=True, dtype=dtype, stock=cls.stock)
-
-
-_CLASSES: dict[Any, Any] = {}
-
-
-def factored_class(stock: Any) -> Any:
-    """The class of a factored model, for the stock class that it was made from; always the same one."""
-    if stock not in _CLASSES:
-        own = {"stock": stock, "__module__": stock.__module__}
-        _CLASSES[stock] = type(f"Factored{stock.__name__}", (FactoredModel, stock), own)
-    return _CLASSES[stock]
 
 
 def save_factored(
@@ -115,8 +103,8 @@ def load_factored(
         raise ValueError(f"{folder}: does not hold the weights of this model: no {error.args[0]}.") from error
     fill(model, entry, tensors, folder)
     if is_shared(config):
-        model.__class__ = shared_class(type(model))
-    model.__class__ = factored_class(type(model))
+        model.__class__ = class_of(SharedModel, type(model))
+    model.__class__ = class_of(FactoredModel, type(model))
     return model
 
 

@@ -25,8 +25,9 @@ from slimmoe_hf.factored import (
     install,
     uninstall,
 )
-from slimmoe_hf.factored_checkpoint import FactoredModel, factored_class
+from slimmoe_hf.factored_checkpoint import FactoredModel
 from slimmoe_hf.families import family_of
+from slimmoe_hf.own_form import class_of
 
 M = TypeVar("M", bound=PreTrainedModel)
 RANK = 32
@@ -68,7 +69,7 @@ def factor_experts(model: M, rank: int = RANK) -> M:
                 if first[path] not in made:
                     made[first[path]] = FactoredWeight.of(matrix, rank)
             install(model, {path: made[first[path]] for path in own})
-    model.__class__ = factored_class(type(model))
+    model.__class__ = class_of(FactoredModel, type(model))
     return model
 
 

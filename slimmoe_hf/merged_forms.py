@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.factored import refuse_factored
 from slimmoe_hf.families import family_of, moe_layers, shape_of
+from slimmoe_hf.own_form import class_of
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.shared_checkpoint import SharedModel, shared_class
+from slimmoe_hf.shared_checkpoint import SharedModel
 from slimmoe_hf.shared_experts import GROUPS, point, unpoint
 from slimmoe_hf.surgery import merge_experts
 
@@ -48,7 +49,7 @@ def share_merged(model: M, plan: CompressionPlan) -> M:
             point(experts, owner, layout)
     groups: Any = {layer: blend.owner.tolist() for layer, blend in sorted(plan.blends.items())}
     setattr(model.config, GROUPS, groups)
-    model.__class__ = shared_class(type(model))
+    model.__class__ = class_of(SharedModel, type(model))
     return model
 
 

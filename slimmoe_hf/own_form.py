@@ -119,6 +119,23 @@ class OwnForm:
         return (model, report) if output_loading_info else model
 
 
+_CLASSES: dict[tuple[type[OwnForm], Any], Any] = {}
+
+
+def class_of(form: type[OwnForm], stock: Any) -> Any:
+    """The class of models in a form, for the class that they were of; always the same one.
+
+    Args:
+        form: Such as `SharedModel`, whose name tells what is put before the class's.
+        stock: A stock class, or one in another form.
+    """
+    if (form, stock) not in _CLASSES:
+        own = {"stock": stock, "__module__": stock.__module__}
+        name = f"{form.__name__.removesuffix('Model')}{stock.__name__}"
+        _CLASSES[form, stock] = type(name, (form, stock), own)
+    return _CLASSES[form, stock]
+
+
 def stock_of(kind: type[Any]) -> type[PreTrainedModel]:
     """The stock class that a model's class was made from."""
     while issubclass(kind, OwnForm):

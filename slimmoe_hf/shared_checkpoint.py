@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimmoe_hf.own_form import OwnForm, distinct, fill, read_config, read_tensors, skeleton, stock_of, write_form
+from slimmoe_hf.own_form import (
+    OwnForm,
+    class_of,
+    distinct,
+    fill,
+    read_config,
+    read_tensors,
+    skeleton,
+    stock_of,
+    write_form,
+)
 from slimmoe_hf.shared_config import SHARED
 
 _GUARD = (
@@ -32,17 +42,6 @@ class SharedModel(OwnForm):
     def load_form(cls, folder: str | os.PathLike[str], dtype: str | torch.dtype | None) -> PreTrainedModel:
         """As `load_shared`."""
         return load_shared(folder, dtype=dtype, stock=cls.stock)
-
-
-_CLASSES: dict[Any, Any] = {}
-
-
-def shared_class(stock: Any) -> Any:
-    """The class of a model with shared experts, for the stock class that it was made from; always the same one."""
-    if stock not in _CLASSES:
-        own = {"stock": stock, "__module__": stock.__module__}
-        _CLASSES[stock] = type(f"Shared{stock.__name__}", (SharedModel, stock), own)
-    return _CLASSES[stock]
 
 
 def save_shared(
@@ -86,5 +85,5 @@ def load_shared(
     config, entry = read_config(folder, SHARED, "shared", changes)
     model = skeleton(config, entry, stock, folder)
     fill(model, entry, read_tensors(folder, dtype, config), folder)
-    model.__class__ = shared_class(stock_of(type(model)))
+    model.__class__ = class_of(SharedModel, stock_of(type(model)))
     return model
