@@ -2,6 +2,10 @@
 
     python examples/teacher/train_teacher.py --output examples/teacher/model
 
+A second one has many small experts, as Qwen3-MoE and OLMoE do; the benchmarks measure on both:
+
+    python examples/teacher/train_teacher.py --family qwen3_moe --epochs 4 --output examples/teacher/many-experts
+
 An ordinary Trainer run; start it again after an interruption and it continues from the last checkpoint.
 """
 
@@ -18,7 +22,10 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PhimoeConfig,
     PhimoeForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     TrainingArguments,
     set_seed,
 )
@@ -53,7 +60,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> PhimoeForCausalLM:
+def build_phimoe(tokenizer: PreTrainedTokenizerFast) -> PhimoeForCausalLM:
     """Phi-3.5-MoE's shape in small: sparsemixer top-2 routing, grouped queries, biases, untied embeddings."""
     config = PhimoeConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
@@ -63,6 +70,21 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> PhimoeForCausalLM:
         router_jitter_noise=0.1, router_aux_loss_coef=0.01, output_router_logits=True, initializer_range=0.04,
     )  # fmt: skip
     return PhimoeForCausalLM(config)
+
+
+def build_qwen3_moe(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+    """As many expert weights in four times as many experts: top-4 of 32, head-wise norms of queries and keys."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=128, moe_intermediate_size=96, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=16, num_experts=32, num_experts_per_tok=4,
+        norm_topk_prob=True, max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        router_aux_loss_coef=0.01, output_router_logits=True, initializer_range=0.04, tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
+
+
+BUILDERS = {"phimoe": build_phimoe, "qwen3_moe": build_qwen3_moe}
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -80,13 +102,14 @@ class BalancingTrainer(ResumableTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = loss + 0.05 * load_balancing_loss(outputs.router_logits, top_k=2, valid_mask=inputs["attention_mask"])
+        top_k = model.config.num_experts_per_tok
+        loss = loss + 0.05 * load_balancing_loss(outputs.router_logits, top_k, valid_mask=inputs["attention_mask"])
         return (loss, outputs) if return_outputs else loss
 
 
 def train_once(
     trainer_class: type[ResumableTrainer],
-    model: PhimoeForCausalLM,
+    model: PreTrainedModel,
     args: TrainingArguments,
     train: Dataset,
     held_out: Dataset,
@@ -104,6 +127,7 @@ def train_once(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=BUILDERS, default="phimoe")
     parser.add_argument("--output", type=Path, default=Path("examples/teacher/model"))
     parser.add_argument("--work", type=Path, default=Path("teacher-run"), help="checkpoints go here")
     parser.add_argument("--epochs", type=float, default=6)
@@ -120,7 +144,7 @@ def main() -> None:
     held_out = tokenize(load_documents("sotu", "validation"), tokenizer, max_length=args.max_length)
     print(f"{len(train) * args.max_length:,} training tokens, {len(held_out) * args.max_length:,} validation tokens")
 
-    model = build_model(tokenizer)
+    model = BUILDERS[args.family](tokenizer)
     print(f"{model.num_parameters():,} parameters")
     main_run = arguments(args.work, num_train_epochs=args.epochs, max_steps=args.max_steps,
                          learning_rate=args.learning_rate, warmup_steps=200)  # fmt: skip
