@@ -32,7 +32,7 @@ EMBEDDINGS, HEAD, REST = -1, -2, -3
 """Numbers of what is no decoder layer; the rest, the final norm, is always there."""
 
 
-class _Pass(nn.Module):
+class Pass(nn.Module):
     """Stands where a decoder layer has no weights."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,7 +150,7 @@ class Blocks:
         tied = self.model.all_tied_weights_keys
         self._names = {name: tied.get(name, name) for name in self.model.state_dict()}
         for number in range(len(slots)):
-            slots[number] = _Pass()
+            slots[number] = Pass()
         for module in self.model.base_model.children():
             if not list(module.parameters()):
                 module.to(device)  # position embeddings

@@ -127,7 +127,8 @@ def collect_stats(
             _backward(model, teacher, token_loss, batch, number, sweep)
             seen.add(batch, sweep)
     tensors = stack_layers([each.tensors() for each in sums])
-    data_sha256 = _reduce(tensors, seen)
+    add_up(tensors.values())
+    data_sha256 = share_seen(seen)
     seen.require_tokens()
     meta = StatsMeta(
         family=model.config.model_type,
@@ -238,15 +239,25 @@ def stack_layers(layers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([layer[name] for layer in layers if name in layer]) for name in names}
 
 
-def _reduce(tensors: dict[str, Tensor], seen: Seen) -> str:
-    """Add up over processes, in place; the data's hash, which becomes the hash of all shares in rank order."""
+def several_processes() -> bool:
+    """Whether this is one of several processes that share a sweep."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Make sums over processes of the sums of each, in place."""
+    if several_processes():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def share_seen(seen: Seen) -> str:
+    """Add up what all processes have seen, in place; the data's hash, of all shares in rank order where there are several."""
+    if not several_processes():
         return seen.sha256
-    for tensor in tensors.values():
-        distributed.all_reduce(tensor)
-    shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, (seen.sha256, seen.tokens, seen.sequences))
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, (seen.sha256, seen.tokens, seen.sequences))
     seen.tokens, seen.sequences = (sum(share[place] for share in shares) for place in (1, 2))
     return hashlib.sha256("".join(share[0] for share in shares).encode()).hexdigest()
 

@@ -24,11 +24,13 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize, tokenize_pairs
+from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.resumption import load_weights, mark_complete, require_complete
 from slimmoe_hf.surgery import apply_plan, check_fits
 
@@ -59,6 +61,8 @@ class SlimmingCallback(TrainerCallback):
         seed: For `criterion="random"`.
         expert_criterion: What chooses the experts that stay, where the target drops some: a name in
             `slimmoe_hf.criteria.EXPERT_CRITERIA`. Default: `criterion`.
+        reconstruct: Solve the output projections of what stays anew, on the calibration text; see
+            `slimmoe_hf.reconstruction.reconstruct`. The plan in `output_dir` then holds these weights too.
 
     Raises:
         ValueError: From the trainer's `__init__`: a target the model cannot take, a changed request, or a model that
@@ -86,6 +90,7 @@ class SlimmingCallback(TrainerCallback):
         batch_size: int = 8,
         seed: int = 0,
         expert_criterion: str | None = None,
+        reconstruct: bool = RECONSTRUCT,
     ) -> None:
         if (target is None) == (plan is None):
             raise ValueError("SlimmingCallback needs either target= (and calibration_dataset=) or plan=, and not both.")
@@ -93,10 +98,15 @@ class SlimmingCallback(TrainerCallback):
             raise ValueError(
                 "SlimmingCallback(target=...) needs calibration_dataset=, the text to score the model with."
             )
+        if plan is not None and reconstruct:
+            raise ValueError(
+                "SlimmingCallback(plan=...) takes the plan as it is. Reconstruct it first, with reconstruct(model, batches, "
+                "plan), or give target= and calibration_dataset=."
+            )
         if target is not None:
             check_criteria(criterion, expert_criterion, **target.asks)
         self.target, self.criterion, self.dataset, self.loss = target, criterion, calibration_dataset, loss
-        self.expert_criterion = expert_criterion
+        self.expert_criterion, self.reconstruct = expert_criterion, reconstruct
         self.teacher_model, self.max_length, self.batch_size, self.seed = teacher_model, max_length, batch_size, seed
         self.given = CompressionPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.plan: CompressionPlan | None = None
@@ -163,6 +173,7 @@ class SlimmingCallback(TrainerCallback):
             "expert_criterion": self.expert_criterion,
             "loss": self.loss,
             "seed": self.seed,
+            "reconstruct": self.reconstruct,
             "teacher_model": name,
             "calibration data": dataset_hash(rows),
             **({"calibration answers": dataset_hash({"input_ids": row} for row in rows["labels"])} if pairs else {}),
@@ -174,7 +185,7 @@ class SlimmingCallback(TrainerCallback):
         request = self._request(rows, model.config.is_encoder_decoder)
         if stored is None:
             return self._score(model, rows, request)
-        before = dict(stored.meta.request or {})
+        before = {"reconstruct": False, **(stored.meta.request or {})}  # which older versions did not have
         before["target"] = stored.meta.target.model_dump(exclude_none=True)  # whatever sizes a version knew of
         changed = [
             f"{key}: {before.get(key)!r} -> {value!r}" for key, value in request.items() if before.get(key) != value
@@ -199,6 +210,8 @@ class SlimmingCallback(TrainerCallback):
         share = batches(rows, self.batch_size, model.config.pad_token_id or 0)[_rank() :: _world()]
         stats = collect_stats(model, share, self.loss, teacher, progress=_rank() == 0)
         plan = make_plan(stats, self.target, self.criterion, self.seed, self.expert_criterion)
+        if self.reconstruct:
+            plan = reconstruct(model, share, plan, progress=_rank() == 0)
         return plan.with_request(request)
 
     def on_train_begin(

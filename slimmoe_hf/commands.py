@@ -63,7 +63,7 @@ from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, training_arguments
 from slimmoe_hf.report import samples, table
-from slimmoe_hf.scoring import remove_work, scored
+from slimmoe_hf.scoring import planned, remove_work, scored
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
@@ -150,13 +150,15 @@ def slim(args: argparse.Namespace) -> None:
     if args.plan is not None:
         if args.data is not None or target != Target():
             raise ValueError("slim takes a plan, or --data and a size, not both: a plan is a decision made already.")
+        if args.reconstruct:
+            raise ValueError("--reconstruct goes with --data and a size: a plan is a decision made already.")
         chosen = CompressionPlan.load(args.plan)
     elif args.data is None:
         raise ValueError("slim needs --plan, or --data and a size, such as --expert-width (see slimmoe slim --help)")
     else:
         validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
         check_criteria(args.criterion, args.expert_criterion, **target.asks)
-        chosen = make_plan(scored(args, output), target, args.criterion, args.seed, args.expert_criterion)
+        chosen = planned(args, output, target)
     slim_checkpoint(
         args.model, chosen, output, dtype=args.dtype, revision=args.revision, shard_bytes=size, overwrite=args.overwrite,
         delete_source_shards=args.delete_source_shards, other_weights=args.other_weights,

@@ -30,6 +30,7 @@ class Cut:
         part: The weight it is taken from; None for zeros.
         axis, index: What is selected; None for all of it.
         shares: Of a merged expert, the weights that it is the sum of, each with its share and its order along `axis`.
+        given: What is written instead of a selection of `part`, where the plan carries a repaired weight.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Cut:
     axis: int = 0
     index: Tensor | None = None
     shares: tuple[tuple[Part, float, Tensor], ...] = ()
+    given: Tensor | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -56,6 +58,8 @@ class Cut:
         """Read what it is taken from, into `buffer` where only a selection of it is kept, and select."""
         if self.part is None:
             return torch.zeros(self.shape, dtype=self.dtype)
+        if self.given is not None:
+            return self.given.to(self.dtype)
         if self.shares:
             members = ((read_part(folder, part), share, order) for part, share, order in self.shares)
             return blended(members, self.axis).to(self.dtype)
@@ -112,7 +116,7 @@ def list_cuts(
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cuts = []
-    merged = _merged(config, parts, plan, duplicate)
+    merged, repaired = _merged(config, parts, plan, duplicate), _repaired(config, plan, duplicate)
     for name, part in parts.items():
         new = renumbered.get(name, name)
         if new is None:
@@ -129,9 +133,9 @@ def list_cuts(
             )
         kept = given if given is not None and own.is_floating_point else own
         if name in merged:
-            cuts.append(Cut(new, wanted[new], kept, part, *merged[name]))
+            cuts.append(Cut(new, wanted[new], kept, part, *merged[name], given=repaired.get(name)))
             continue
-        cuts.append(Cut(new, wanted[new], kept, part, axis, index))
+        cuts.append(Cut(new, wanted[new], kept, part, axis, index, given=repaired.get(name)))
     zeros = sorted(wanted.keys() - {cut.name for cut in cuts})
     for name in zeros:
         assert name.endswith(".bias") and needs_biases(config), name
@@ -196,6 +200,21 @@ def _merged(
                 members = blend.members(number)
                 shares = tuple((parts[place.format(e)], float(blend.weight[e]), blend.order[e]) for e in members)
                 found[place.format(expert)] = (axis, None, shares)
+    return found
+
+
+def _repaired(config: PreTrainedConfig, plan: CompressionPlan, duplicate: bool) -> dict[str, Tensor]:
+    """Published name of an output projection -> what the plan writes in its place."""
+    family, found = family_of(config), {}
+    paths = family.paths(config)
+    for layer, down_EDF in plan.repairs.down_proj.items():
+        numbers = {expert: number for number, expert in enumerate(_experts(plan, layer))}
+        if duplicate:
+            numbers = dict(enumerate(plan.blends[layer].owner.tolist()))
+        for expert, number in numbers.items():
+            found[f"{paths[layer].feed_forward}.{family.disk.down.format(expert)}"] = down_EDF[number]
+    for layer, weight in plan.repairs.o_proj.items():
+        found[f"{paths[layer].attention}.{family.projections[-1]}.weight"] = weight
     return found
 
 

@@ -22,6 +22,7 @@ def describe_plan(plan: CompressionPlan) -> str:
     """What a plan keeps, layer by layer, and where it comes from."""
     meta = plan.meta
     more = "  expert score kept  experts kept" if plan.experts else ""
+    repaired = "  experts repaired  attention repaired" if meta.repairing else ""
     lines = [
         f"{meta.family}: {meta.target}, by {_criteria(plan)} (calibration loss {meta.loss}, seed {meta.seed})",
         f"  expert width {meta.before.expert_width} -> {meta.after.expert_width}, key/value groups "
@@ -29,14 +30,17 @@ def describe_plan(plan: CompressionPlan) -> str:
         f"{meta.after.query_heads}, experts {meta.before.num_experts} -> {meta.after.num_experts}"
         + (" on average" if plan.adaptive else ""),
         *([f"  merged: {', '.join(f'{name} {value}' for name, value in meta.merging)}"] if meta.merging else []),
+        *([f"  {_repairing(plan)}"] if meta.repairing else []),
         f"  {alignment_note(meta.after.expert_width)}",
         f"  plan {plan.sha256[:12]}, statistics {meta.stats_sha256[:12]}, model {meta.model_sha256[:12]}, "
         f"data {meta.data_sha256[:12]}",
         "",
-        f"  layer  neuron score kept  group score kept  groups kept{more}",
+        f"  layer  neuron score kept  group score kept{repaired}  groups kept{more}",
     ]
     for layer in meta.layers:
         line = f"  {layer.index:5d}  {_share(layer.neuron_score_kept):>17}  {_share(layer.group_score_kept):>16}  "
+        if meta.repairing:
+            line += f"{_share(layer.experts_repaired):>16}  {_share(layer.attention_repaired):>18}  "
         groups = _listed(layer.groups_kept)
         if plan.experts:
             groups = f"{groups:11}  {_share(layer.expert_score_kept):>17}  {_listed(layer.experts_kept)}"
@@ -50,9 +54,19 @@ def describe_plan(plan: CompressionPlan) -> str:
     return "\n".join(lines)
 
 
+def _repairing(plan: CompressionPlan) -> str:
+    repairing = plan.meta.repairing
+    assert repairing is not None
+    return (
+        f"reconstructed: output projections solved anew on {repairing.tokens:,} tokens (data {repairing.data_sha256[:12]}), "
+        f"ridge {repairing.ridge:g}, {plan.repairs.bytes:,} bytes; of the cut's squared error there, repaired:"
+    )
+
+
 def _criteria(plan: CompressionPlan) -> str:
     chosen, experts = plan.meta.criterion, plan.meta.expert_criterion
-    return chosen if experts in (None, chosen) else f"{chosen}, experts by {experts}"
+    named = chosen if experts in (None, chosen) else f"{chosen}, experts by {experts}"
+    return f"{named}, reconstructed" if plan.meta.repairing else named
 
 
 def _listed(kept: list[int] | None) -> str:
@@ -149,6 +163,8 @@ def size_rows(plan: CompressionPlan, experts: bool = False) -> dict[str, str]:
         )
     rows["neurons per expert"] = _arrow(before.expert_width, after.expert_width)
     rows["key/value groups"] = _arrow(before.kv_groups, after.kv_groups)
+    if plan.meta.repairing is not None:
+        rows["output projections"] = f"solved anew on {plan.meta.repairing.tokens:,} tokens"
     return rows
 
 

@@ -17,6 +17,7 @@ from slimmoe_hf.merged_forms import share_merged
 from slimmoe_hf.merging import GROUPINGS, SIMILARITIES, Counts, plan_merge
 from slimmoe_hf.plan import CompressionPlan, Target, validate_target
 from slimmoe_hf.preflight import dtype_name
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.scoring import scored_model
 
 _NEXT = {
@@ -54,11 +55,13 @@ def merge(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-experts {args.num_experts}: the model has {most} a layer. Ask for fewer, and at least 1."
         )
-    model, stats = scored_model(args, expert_outputs=args.similarity == "outputs")
+    model, stats, given = scored_model(args, expert_outputs=args.similarity == "outputs")
     plan = plan_merge(
         model, stats, args.num_experts, counts=counts, similarity=args.similarity, grouping=args.grouping,
         reference=args.reference, seed=args.seed,
     )  # fmt: skip
+    if args.reconstruct:
+        plan = reconstruct(model, given, plan)
     del model
     if form == "indirect":
         _write_indirect(path, plan, output, args.overwrite)

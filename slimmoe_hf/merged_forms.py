@@ -18,7 +18,7 @@ from slimmoe_hf.own_form import class_of
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.shared_checkpoint import SharedModel
 from slimmoe_hf.shared_experts import GROUPS, point, unpoint
-from slimmoe_hf.surgery import merge_experts
+from slimmoe_hf.surgery import merge_experts, repair_experts
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -45,7 +45,10 @@ def share_merged(model: M, plan: CompressionPlan) -> M:
     for layer, experts, _router in moe_layers(model):
         if layer in plan.blends:
             blend, owner = plan.blends[layer], plan.blends[layer].owner.tolist()
-            merge_experts(experts, blend, [owner.index(number) for number in range(blend.number)], model.config)
+            firsts = [owner.index(number) for number in range(blend.number)]
+            merge_experts(experts, blend, firsts, model.config)
+            places = range(blend.number) if layout.unit is None else firsts
+            repair_experts(experts, plan.repairs.down(layer, layout), places, layout)
             point(experts, owner, layout)
     groups: Any = {layer: blend.owner.tolist() for layer, blend in sorted(plan.blends.items())}
     setattr(model.config, GROUPS, groups)
@@ -79,6 +82,8 @@ def duplicate_merged(model: M, plan: CompressionPlan) -> M:
             merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
             for weight, owner in zip(weights[name], blend.owner.tolist(), strict=True):
                 weight.copy_(merged[owner])
+        if (repaired := plan.repairs.down(layer, layout)) is not None:
+            repair_experts(module, repaired[blend.owner], range(len(blend.owner)), layout)
     return model
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
-EXPERT_CRITERIA = "taylor, fisher, output_fisher, frequency, soft_frequency, reap, magnitude, random"
+from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_teacher
+from slimmoe_hf.parsers_cut import add_export, add_merge, add_plan, add_score, add_slim
+
 MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
-_DATA = "sotu, a local file or folder (.txt, .jsonl, .json, .parquet, a saved dataset), or a Hub dataset id"
 
 _DISTILLING = ("beta", "temperature", "loss_top_k", "distillation_weight", "crossentropy_weight")
 
@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="slimmoe", description="Slim Mixture-of-Experts language models and distil them back.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for add in (
-        _add_env, _add_size, _add_score, _add_plan, _add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
-        _add_push, _add_cache, _add_merge, _add_compare, _add_export,
+        _add_env, _add_size, add_score, add_plan, add_slim, _add_distill, _add_run, _add_eval, _add_plot, _add_finetune,
+        _add_push, _add_cache, add_merge, _add_compare, add_export,
     ):  # fmt: skip
         add(commands)
     for command in commands.choices.values():
@@ -56,49 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=help, description=help, epilog=f"example:\n  {example}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="flags as keys of a YAML file; flags given here win")
-
-
-def _add_data(parser: argparse.ArgumentParser, split: str, tokens: int | None, what: str) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DATA", help=_DATA)
-    group.add_argument("--data-revision", metavar="REV", help="commit of a Hub dataset")
-    group.add_argument("--split", default=split, help=f"train, validation or test (default: {split})")
-    group.add_argument("--max-length", type=int, default=1024, metavar="T", help="tokens per row (default: 1024)")
-    if split != "test":
-        group.add_argument(
-            "--packing", action=argparse.BooleanOptionalAction, default=True,
-            help="cut rows from the concatenated documents; otherwise one document a row",
-        )  # fmt: skip
-        group.add_argument("--seed", type=int, default=0, help="which documents, in which order (default: 0)")
-    group.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"{what} (default: {tokens or 'all'})")
-
-
-def _add_output(parser: argparse.ArgumentParser, metavar: str) -> None:
-    parser.add_argument("--output", metavar=metavar, help="where to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-
-def _add_teacher(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--teacher", metavar="MODEL", help=help)
-    parser.add_argument("--teacher-revision", metavar="REV", help="commit of a teacher on the Hub")
-
-
 def _add_env(commands: Any) -> None:
-    parser = _add(commands, "env", "Show versions, threads, memory and devices.", "slimmoe env --json")
+    parser = add_command(commands, "env", "Show versions, threads, memory and devices.", "slimmoe env --json")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_size(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "size", "Count a model and say what memory it takes, from its config.json alone.",
         "slimmoe size microsoft/Phi-3.5-MoE-instruct --target 7.6B --stages 2 --gpu 80GB 24GB",
     )  # fmt: skip
@@ -115,140 +79,23 @@ def _add_size(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)")
     parser.add_argument("--dtype", metavar="DTYPE", help="of inference and frozen weights (default: the model's own)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_config(parser)
-
-
-def _add_score(commands: Any) -> None:
-    parser = _add(
-        commands, "score", "Score a model's neurons, experts and key/value groups on real text, once for every criterion.",
-        "slimmoe score examples/teacher/model --data sotu --max-length 256 --output stats.safetensors",
-    )  # fmt: skip
-    _add_scoring(parser)
-    _add_output(parser, "FILE")
-    _add_config(parser)
-
-
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    """The model and everything about the sweep over it."""
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
-    parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
-    _add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    parser.add_argument(
-        "--calibration-dtype", default="float32", choices=("float32", "bfloat16"), help="of scoring (default: float32)"
-    )
-    parser.add_argument(
-        "--calibration-device", default="auto", choices=("auto", "cpu"), help="cpu for a model larger than the GPU"
-    )
-    parser.add_argument(
-        "--stream", action="store_true", help="hold one decoder layer in memory at a time, for a model larger than it"
-    )
-    _add_data(parser, "train", 131072, "how many tokens to score on")
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
-    parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
-    parser.add_argument("--num-experts", type=int, metavar="N", help="experts per layer")
-    parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{CRITERIA} (default: taylor)")
-    parser.add_argument(
-        "--expert-criterion", metavar="NAME", help=f"which experts stay: {EXPERT_CRITERIA} (default: the criterion)"
-    )
-
-
-def _add_plan(commands: Any) -> None:
-    parser = _add(
-        commands, "plan", "Decide what a slimmer model keeps; or show a plan, or compare two.",
-        "slimmoe plan stats.safetensors --expert-width 128 --output plan\n"
-        "  slimmoe plan show plan\n  slimmoe plan show plan other-plan",
-    )  # fmt: skip
-    parser.add_argument("inputs", nargs="*", metavar="STATS | show PLAN [PLAN]", help="statistics; or plans to show")
-    _add_target(parser)
-    parser.add_argument("--seed", type=int, default=0, help="for the criterion random (default: 0)")
-    parser.add_argument("--json", action="store_true", help="with show: print JSON")
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_slim(commands: Any) -> None:
-    parser = _add(
-        commands, "slim", "Cut a checkpoint on disk, one weight at a time; its size does not matter.",
-        "slimmoe slim examples/teacher/model --plan plan --output slimmed\n"
-        "  slimmoe slim examples/teacher/model --data sotu --max-length 256 --expert-width 128 --output slimmed",
-    )  # fmt: skip
-    _add_scoring(parser)
-    group = parser.add_argument_group("what to keep", "a plan, or --data and a size: then the model is scored first")
-    group.add_argument("--plan", metavar="PLAN", help="a plan made for this model")
-    _add_target(parser)
-    group.add_argument("--other-weights", action="store_true", help="cut a sibling of the model the plan was made for")
-    parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
-    parser.add_argument("--delete-source-shards", action="store_true", help="keep no download longer than needed")
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_merge(commands: Any) -> None:
-    parser = _add(
-        commands, "merge", "Average experts that do alike into fewer (M-SMoE), weighted by how much they are used.",
-        "slimmoe merge examples/teacher/model --data sotu --max-length 256 --num-experts 4 --output merged",
-    )  # fmt: skip
-    _add_scoring(parser)
-    parser.add_argument("--num-experts", type=int, metavar="K", help="experts per layer that others are merged into")
-    parser.add_argument("--uniform", action="store_true", help="as many in every layer; otherwise as the form allows")
-    parser.add_argument(
-        "--form", choices=("uniform", "indirect", "duplicate"),
-        help="uniform: as many experts in every layer, a stock checkpoint; indirect: K on average, rows of the routers share "
-        "them, loads after import slimmoe_hf; duplicate: the same as a stock checkpoint of full size (default: uniform; of "
-        "encoder-decoders indirect)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--similarity", default="router_logits", metavar="NAME",
-        help="what makes two experts alike: router_logits, router_rows, weights, outputs or random (default: router_logits)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--grouping", default="dominant", metavar="NAME",
-        help="dominant: each joins one of the K most used; clusters: hierarchical, as in HC-SMoE (default: dominant)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reference",
-        default="dominant",
-        choices=("dominant", "first"),
-        help="what neurons are aligned to (default: dominant)",
-    )
-    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
-    _add_output(parser, "DIR")
-    _add_config(parser)
-
-
-def _add_export(commands: Any) -> None:
-    parser = _add(
-        commands, "export", "Turn a checkpoint whose experts are shared or factored into a stock one.",
-        "slimmoe export merged --form duplicate --output stock",
-    )  # fmt: skip
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="the checkpoint")
-    parser.add_argument(
-        "--form", choices=("duplicate", "dense"),
-        help="duplicate: every shared expert in the place of all its members; dense: factored experts multiplied out",
-    )  # fmt: skip
-    _add_output(parser, "OUT")
+    add_config(parser)
 
 
 def _add_distill(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "distill", "Train a slimmed model to speak as its teacher does.",
         "slimmoe distill --model slimmed --teacher examples/teacher/model --data sotu --max-length 256 \\\n"
         "      --max-steps 300 --learning-rate 1e-3 --output distilled",
     )  # fmt: skip
     parser.add_argument("--model", metavar="MODEL", help="the student: a folder or a Hub id")
     parser.add_argument("--revision", metavar="REV", help="commit of a student on the Hub")
-    _add_teacher(parser, "the original model")
+    add_teacher(parser, "the original model")
     parser.add_argument("--teacher-cache", metavar="DIR", help="its answers, from slimmoe cache write, instead of it")
-    _add_data(parser, "train", None, "train on at most so many tokens of text")
+    add_data(parser, "train", None, "train on at most so many tokens of text")
     _add_training(parser, TRAINING, "DistillationConfig")
-    _add_output(parser, "DIR")
-    _add_config(parser)
+    add_output(parser, "DIR")
+    add_config(parser)
 
 
 def _add_training(parser: argparse.ArgumentParser, arguments: dict[str, tuple[Any, str]], config: str) -> None:
@@ -260,31 +107,31 @@ def _add_training(parser: argparse.ArgumentParser, arguments: dict[str, tuple[An
 
 
 def _add_run(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "run", "Run a recipe: score, slim, distil and measure, stage by stage. The same command continues.",
         "slimmoe run examples/quickstart.yaml --output my-run",
     )  # fmt: skip
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; see examples/quickstart.yaml")
     parser.add_argument("--config", metavar="YAML", help="the same as RECIPE")
-    _add_output(parser, "DIR")
+    add_output(parser, "DIR")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan of work, write nothing")
     parser.add_argument("--machine", metavar="NAME", help=f"with --dry-run, plan for another machine: {MACHINES}")
 
 
 def _add_compare(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "compare",
         "Compare ways to make a model smaller, at equal size and equal recovery. The same command continues.",
         "slimmoe compare examples/compare.yaml --output my-comparison",
     )  # fmt: skip
     parser.add_argument("grid", nargs="?", metavar="GRID", help="a YAML file; see examples/compare.yaml")
-    _add_output(parser, "DIR")
+    add_output(parser, "DIR")
     parser.add_argument("--dry-run", action="store_true", help="check the grid, list its points, write nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_eval(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "eval", "Measure a checkpoint: held-out loss, agreement with a teacher, speed, memory, benchmark tasks.",
         "slimmoe eval my-run/model --data sotu --max-length 256 --teacher examples/teacher/model --json\n"
         "  slimmoe eval my-run --tasks arc_easy mmlu\n"
@@ -292,12 +139,12 @@ def _add_eval(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id; of a finished run, its model")
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    _add_teacher(
+    add_teacher(
         parser,
         "compare with this model: agreement on text, and the same tasks (default: none; of a run, tasks: its own)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    _add_data(parser, "test", None, "read documents up to so many tokens")
+    add_data(parser, "test", None, "read documents up to so many tokens")
     group = parser.add_argument_group(
         "tasks",
         "of lm-evaluation-harness (pip install 'slimmoe_hf[eval]'). Of a finished run, its teacher is given the same ones,\n"
@@ -310,22 +157,22 @@ def _add_eval(commands: Any) -> None:
     group.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's own)")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions of every task")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_output(parser, "FILE")
-    _add_config(parser)
+    add_output(parser, "FILE")
+    add_config(parser)
 
 
 def _add_plot(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "plot", "Draw what a run cut and how it recovered: PNG, and the data as JSON.",
         "slimmoe plot my-run\n  slimmoe plot run-a run-b run-c --output plots    # quality against size too",
     )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs")
-    _add_output(parser, "DIR")
+    add_output(parser, "DIR")
     parser.add_argument("--json", action="store_true", help="print the data instead of drawing it")
 
 
 def _add_finetune(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "finetune", "Fine-tune a model on chats, prompts with completions, or text, by LoRA or in full.",
         "slimmoe finetune microsoft/Phi-mini-MoE-instruct --data chats.jsonl --lora --output tuned",
     )  # fmt: skip
@@ -342,14 +189,14 @@ def _add_finetune(commands: Any) -> None:
         "--dtype", metavar="DTYPE",
         help="hold weights in float32 or bfloat16 (default: float32; with --lora on a GPU as they are)",
     )  # fmt: skip
-    _add_data(parser, "train", None, "train on at most so many tokens of text")
+    add_data(parser, "train", None, "train on at most so many tokens of text")
     _add_training(parser, FINETUNING, "TRL's SFTConfig")
-    _add_output(parser, "DIR")
-    _add_config(parser)
+    add_output(parser, "DIR")
+    add_config(parser)
 
 
 def _add_push(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "push", "Publish a finished run, or the folder of a model, on the Hub, with its card.",
         "slimmoe push my-run me/my-slim-model --private",
     )  # fmt: skip
@@ -365,7 +212,7 @@ def _add_push(commands: Any) -> None:
 
 
 def _add_cache(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands, "cache", "Write what a teacher answers to a text to disk, to distil without it; or look into a cache.",
         "slimmoe cache write examples/teacher/model --data sotu --max-length 256 --output answers\n"
         "  slimmoe cache write examples/teacher/model --data sotu --split train+validation ...    # distill evaluates too\n"
@@ -391,8 +238,8 @@ def _add_cache(commands: Any) -> None:
     group.add_argument(
         "--stream-memory", metavar="SIZE", help="of what passes between layers together (default: half of what is free)"
     )
-    _add_data(parser, "train", None, "answer at most so many tokens of text, those that distill takes")
+    add_data(parser, "train", None, "answer at most so many tokens of text, those that distill takes")
     parser.add_argument("--verify", action="store_true", help="with inspect: compare the hashes of all files")
     parser.add_argument("--json", action="store_true", help="with inspect: print JSON")
-    _add_output(parser, "DIR")
-    _add_config(parser)
+    add_output(parser, "DIR")
+    add_config(parser)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from datasets import concatenate_datasets
 from rich import get_console
+from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 import slimmoe_hf
@@ -45,13 +46,15 @@ from slimmoe_hf.preflight import (
     stage_arguments,
     teacher_dtype,
 )
-from slimmoe_hf.recipe import Evaluation, Recipe, Stage, load_any_recipe, resolved
+from slimmoe_hf.recipe import Calibration, Evaluation, Recipe, Stage, load_any_recipe, resolved
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
@@ -167,7 +170,7 @@ class _Pipeline:
         folder = self.folder / name
         origin = {
             **self.step(f"{name}/score", [f"{name}/stats.safetensors"], lambda: self._score(source, folder, stage)),
-            **self.step(f"{name}/plan", [f"{name}/plan"], lambda: self._plan(folder, stage)),
+            **self.step(f"{name}/plan", [f"{name}/plan"], lambda: self._plan(source, folder, stage)),
         }
         self.step(f"{name}/slim", [f"{name}/slimmed"], lambda: self._slim(source, folder))
         slimmed = self._measured(f"{name} slimmed", folder / "slimmed", number, "slimmed", origin)
@@ -177,10 +180,8 @@ class _Pipeline:
     def _score(self, source: Path, folder: Path, stage: Stage) -> Result:
         set_seed(self.recipe.seed)
         calibration = stage.calibration
-        rows = take_rows(self.inputs.calibration, calibration.tokens)
         asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
-        where = torch.device("cpu") if calibration.device == "cpu" else device()
-        given = batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0)
+        given, where = self._calibration(calibration)
         work = folder / "scoring"
         if calibration.stream:
             other = self.inputs.teacher if asked else None
@@ -195,11 +196,29 @@ class _Pipeline:
         shutil.rmtree(work, ignore_errors=True)
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 
-    def _plan(self, folder: Path, stage: Stage) -> Result:
+    def _plan(self, source: Path, folder: Path, stage: Stage) -> Result:
         stats = ExpertStats.load(folder / "stats.safetensors")
         plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed, stage.expert_criterion)
+        work = folder / "reconstructing"
+        if stage.calibration.reconstruct:
+            plan = self._reconstruct(source, plan, stage.calibration, work)
         plan.save(folder / "plan")
+        shutil.rmtree(work, ignore_errors=True)
         return {"plan_sha256": plan.sha256}
+
+    def _reconstruct(
+        self, source: Path, plan: CompressionPlan, calibration: Calibration, work: Path
+    ) -> CompressionPlan:
+        given, where = self._calibration(calibration)
+        if calibration.stream:
+            return stream_reconstruct(source, given, plan, work=work, dtype=calibration.dtype, device=where)
+        return reconstruct(load_model(source, calibration.dtype, where, whole=True), given, plan)
+
+    def _calibration(self, calibration: Calibration) -> tuple[list[dict[str, Tensor]], torch.device]:
+        """Batches of text set aside for it, and what they are run on."""
+        rows = take_rows(self.inputs.calibration, calibration.tokens)
+        where = torch.device("cpu") if calibration.device == "cpu" else device()
+        return batches(rows, calibration.batch_size, self.inputs.tokenizer.pad_token_id or 0), where
 
     def _slim(self, source: Path, folder: Path) -> Result:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a slimmed model that is no more

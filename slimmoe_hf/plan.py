@@ -26,6 +26,8 @@ from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blends import KINDS, Blend, Merging
 from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
 from slimmoe_hf.families import Shape, family_of, shape_of
+from slimmoe_hf.layer_summary import LayerSummary
+from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
 from slimmoe_hf.stats import ExpertStats
 
 VERSION = 1
@@ -107,36 +109,13 @@ def _check_width(width: int, model_width: int) -> None:
         )
 
 
-class LayerSummary(BaseModel):
-    """What a plan keeps of one layer.
-
-    Attributes:
-        index: Absolute layer index.
-        neuron_score_kept: Share of the summed neuron score of the experts that stay; None in a dense layer.
-        unknown_experts: Experts that no calibration token reached; they are ranked by weight norms.
-        groups_kept: Indices of the key/value groups that stay; None where no group is dropped.
-        group_score_kept: Their share of the layer's summed group score.
-        experts_kept: Indices of the experts that stay; None where none is dropped.
-        expert_score_kept: Their share of the layer's summed expert score.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    index: int
-    neuron_score_kept: float | None = None
-    unknown_experts: int = 0
-    groups_kept: list[int] | None = None
-    group_score_kept: float | None = None
-    experts_kept: list[int] | None = None
-    expert_score_kept: float | None = None
-
-
 class PlanMeta(BaseModel):
     """Everything in `plan.json`.
 
     Attributes:
         family: The model type. before, after: Sizes. target, criterion, seed, loss: What was asked for.
         expert_criterion: What chose the experts, where any was dropped. merging: How others were averaged into them.
+        repairing: What the output projections were solved anew with; None where they are plain slices.
         model_sha256: The weights that were scored. fingerprint: Of a sample of them.
         data_sha256: The text. stats_sha256: The statistics.
         teacher_sha256: The teacher of `kd_topk`; None where the model was its own.
@@ -154,6 +133,7 @@ class PlanMeta(BaseModel):
     criterion: str
     expert_criterion: str | None = None
     merging: Merging | None = None
+    repairing: Repairing | None = None
     seed: int
     loss: str
     model_sha256: str
@@ -177,6 +157,7 @@ class CompressionPlan:
         experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped. Of an adaptive merging, layers
             have numbers of their own, E' on average, and those that stay as they are have none.
         blends: Absolute layer index -> what each of those E' becomes an average of. Empty where experts just go.
+        repairs: Output projections to write instead of slices. Empty unless `reconstruct` made them.
     """
 
     meta: PlanMeta
@@ -184,6 +165,7 @@ class CompressionPlan:
     groups: Mapping[int, Tensor]
     experts: Mapping[int, Tensor] = field(default_factory=dict)
     blends: Mapping[int, Blend] = field(default_factory=dict)
+    repairs: Repairs = field(default_factory=Repairs)
 
     @property
     def kept(self) -> dict[str, Mapping[int, Tensor]]:
@@ -192,7 +174,7 @@ class CompressionPlan:
 
     @property
     def sha256(self) -> str:
-        """Hash of the decision itself: sizes and kept indices, not where they come from."""
+        """Hash of the decision itself: sizes, kept indices and repaired weights, not where they come from."""
         digest = hashlib.sha256(json.dumps([self.meta.family, *map(dataclasses.asdict, self._shapes())]).encode())
         for kind, kept in self.kept.items():
             for layer, index in sorted(kept.items()):
@@ -200,6 +182,9 @@ class CompressionPlan:
         for layer, blend in sorted(self.blends.items()):
             for kind, tensor in blend.tensors().items():
                 digest.update(f"{kind}.{layer}".encode() + tensor.numpy().tobytes())
+        for name, weight in self.repairs.tensors().items():
+            digest.update(f"{name}.{weight.dtype}".encode())
+            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
@@ -267,6 +252,7 @@ class CompressionPlan:
         }
         for layer, blend in self.blends.items():
             tensors |= {f"{kind}.{layer}": tensor for kind, tensor in blend.tensors().items()}
+        tensors |= {name: weight.contiguous() for name, weight in self.repairs.tensors().items()}
         with replacing(Path(folder), overwrite=True) as beside:
             beside.mkdir()
             save_file(tensors, beside / "plan.safetensors")
@@ -294,17 +280,20 @@ class CompressionPlan:
             raise ValueError(
                 f"{folder}/plan.safetensors: missing or damaged ({error}). Make the plan again."
             ) from error
-        found: dict[str, dict[int, Tensor]] = {kind: {} for kind in ("neurons", "groups", "experts", *KINDS)}
+        found: dict[str, dict[int, Tensor]] = {
+            kind: {} for kind in ("neurons", "groups", "experts", *KINDS, *REPAIR_KINDS)
+        }
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
             if kind not in found or not layer.isdigit():
                 raise ValueError(f"{folder}/plan.safetensors: unknown tensor {name}.")
-            found[kind][int(layer)] = tensor if kind == "weight" else tensor.long()
+            found[kind][int(layer)] = tensor if kind in ("weight", *REPAIR_KINDS) else tensor.long()
         parts = [found.pop(kind) for kind in KINDS]
         if len({frozenset(part) for part in parts}) > 1:
             raise ValueError(f"{folder}/plan.safetensors: a layer's merging is not whole. Make the plan again.")
         blends = {layer: Blend(*(part[layer] for part in parts)) for layer in parts[0]}
-        plan = cls(meta, **found, blends=blends)
+        repairs = Repairs(*(found.pop(kind) for kind in REPAIR_KINDS))
+        plan = cls(meta, **found, blends=blends, repairs=repairs)
         plan.check()
         return plan
 
@@ -326,6 +315,9 @@ class CompressionPlan:
             raise ValueError(f"the plan does not leave {after.num_experts} experts a layer on average. Make it again.")
         for layer, blend in self.blends.items():
             blend.check(before.num_experts, each[layer], before.expert_width, f"plan merging of layer {layer}")
+        if self.meta.repairing is not None or self.repairs.tensors():
+            cut = self.neurons.keys() | self.blends.keys()
+            self.repairs.check({n: each.get(n, after.num_experts) for n in cut}, self.groups.keys(), after)
         for kind, kept in self.kept.items():
             for layer, index in kept.items():
                 shape, bound = rules[kind][0] or (each[layer],), rules[kind][1]

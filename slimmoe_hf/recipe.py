@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
+from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.plan import Target
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
@@ -79,6 +80,7 @@ class Calibration(Strict):
         device: `auto` is the first GPU where there is one; `cpu` for a model that is larger than the GPU.
         stream: Hold one decoder layer in memory at a time, for models that are larger than it. A teacher for `kd_topk`
             is read in the same way.
+        reconstruct: Solve the output projections of what stays anew, on the same text.
     """
 
     tokens: Count = 131072
@@ -87,6 +89,7 @@ class Calibration(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
     stream: bool = False
+    reconstruct: bool = RECONSTRUCT
 
 
 class Stage(Strict):

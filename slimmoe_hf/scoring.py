@@ -16,8 +16,11 @@ from slimmoe_hf.command_inputs import open_checkpoint, read_documents
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import check_teacher, device
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
 
 
@@ -40,8 +43,38 @@ def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
     )  # fmt: skip
 
 
-def scored_model(args: argparse.Namespace, expert_outputs: bool = False) -> tuple[PreTrainedModel, ExpertStats]:
-    """The model that the flags name, in memory, and its statistics.
+def planned(args: argparse.Namespace, output: Path, target: Target) -> CompressionPlan:
+    """The plan that the flags ask for, with what `--reconstruct` adds to it.
+
+    Args:
+        args: As the parser has them.
+        output: As in `scored`.
+        target: What to cut to.
+
+    Raises:
+        ValueError: As `scored`, or `make_plan`.
+    """
+
+    def decided(stats: ExpertStats) -> CompressionPlan:
+        return make_plan(stats, target, args.criterion, args.seed, args.expert_criterion)
+
+    if not args.reconstruct:
+        return decided(scored(args, output))
+    if not args.stream:
+        model, stats, given = scored_model(args)
+        return reconstruct(model, given, decided(stats))
+    plan = decided(scored(args, output))
+    path, _, given = _inputs(args)
+    return stream_reconstruct(
+        path, given, plan, work=_repairs(output), dtype=args.calibration_dtype, device=_place(args),
+        overwrite=args.overwrite,
+    )  # fmt: skip
+
+
+def scored_model(
+    args: argparse.Namespace, expert_outputs: bool = False
+) -> tuple[PreTrainedModel, ExpertStats, Iterable[dict[str, Tensor]]]:
+    """The model that the flags name, in memory, its statistics, and the text that they were taken on.
 
     Args:
         args: As the parser has them.
@@ -55,17 +88,23 @@ def scored_model(args: argparse.Namespace, expert_outputs: bool = False) -> tupl
     path, folder, given = _inputs(args)
     teacher = None if folder is None else load_model(folder, args.calibration_dtype, _place(args))
     model = load_model(path, args.calibration_dtype, _place(args), whole=True)
-    return model, collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
+    stats = collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
+    return model, stats, given
 
 
 def remove_work(args: argparse.Namespace, output: Path) -> None:
     """Take away what a streamed sweep kept to continue; nothing where there was none."""
     if args.stream:
         shutil.rmtree(_work(output), ignore_errors=True)
+        shutil.rmtree(_repairs(output), ignore_errors=True)
 
 
 def _work(output: Path) -> Path:
     return output.with_name(f"{output.name}.scoring")
+
+
+def _repairs(output: Path) -> Path:
+    return output.with_name(f"{output.name}.reconstructing")
 
 
 def _place(args: argparse.Namespace) -> torch.device:

@@ -5,7 +5,7 @@ Shape letters: E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.blends import Blend
 from slimmoe_hf.factored import refuse_own_form
-from slimmoe_hf.families import ExpertLayout, family_of, layer_views, set_shape, shape_of
+from slimmoe_hf.families import ExpertLayout, LayerView, family_of, layer_views, set_shape, shape_of
 from slimmoe_hf.plan import CompressionPlan
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -50,6 +50,7 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups:
             _drop_groups(view.attention, *plan.attention_rows(view.index))
+        _repair(view, plan, model)
     _set_sizes(model, plan)
     return model
 
@@ -145,6 +146,33 @@ def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> No
             torch.index_select(old.data[expert], axis, index, out=new[expert])
         setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
     experts.intermediate_dim = kept_EF.shape[-1]
+
+
+@torch.no_grad()
+def repair_experts(experts: nn.Module, repaired: Tensor | None, places: Iterable[int], layout: ExpertLayout) -> None:
+    """Write output projections over those of some experts, in place.
+
+    Args:
+        experts: Of a layer.
+        repaired: A weight for each of them, from `Repairs.down`; None leaves them as they are.
+        places: Which expert each is for.
+        layout: Of the family.
+    """
+    if repaired is not None:
+        down = layout.weights(experts)[layout.down]
+        for place, weight in zip(places, repaired, strict=True):
+            down[place].copy_(weight)
+
+
+@torch.no_grad()
+def _repair(view: LayerView, plan: CompressionPlan, model: PreTrainedModel) -> None:
+    """Write the output projections that the plan carries over the slices."""
+    layout = family_of(model.config).layout
+    if view.experts is not None:
+        repair_experts(view.experts, plan.repairs.down(view.index, layout), range(plan.meta.after.num_experts), layout)
+    if view.index in plan.repairs.o_proj:
+        out = view.attention.get_parameter(f"{family_of(model.config).projections[-1]}.weight")
+        out.copy_(plan.repairs.o_proj[view.index])
 
 
 def _drop_groups(attention: Any, queries: Tensor, keys: Tensor) -> None:

@@ -82,7 +82,8 @@ class Sweep:
                 stack.listening = True
 
 
-def _accumulator(device: torch.device, *shape: int) -> Tensor:
+def accumulator(device: torch.device, *shape: int) -> Tensor:
+    """Zeros to sum into, in float64 where the device has it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -98,10 +99,10 @@ class ExpertSums:
     def __init__(self, width: int, number: int, device: torch.device, sweep: Tokens) -> None:
         self.sweep = sweep
         self.number = number
-        self.tokens = _accumulator(device, number)
-        self.neuron = {name: _accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
-        self.expert = {name: _accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
-        self.gram = _accumulator(device, number, number)
+        self.tokens = accumulator(device, number)
+        self.neuron = {name: accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
+        self.expert = {name: accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
+        self.gram = accumulator(device, number, number)
         self.outputs: Tensor | None = None
 
     @torch.no_grad()
@@ -167,7 +168,7 @@ class HeadSums:
     def __init__(self, heads: int, device: torch.device, sweep: Tokens) -> None:
         self.sweep = sweep
         self.heads = heads
-        self.head = {name: _accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
+        self.head = {name: accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
 
     def record(self, value: Tensor, grad: Tensor) -> None:
         """Add one backward pass; both tensors are `[rows, T, H * C]`."""
@@ -275,7 +276,7 @@ class LayerSums:
         if view.experts is not None:
             self.experts = ExpertSums(shape.expert_width, shape.num_experts, device, tokens)
             if expert_outputs:
-                self.experts.outputs = _accumulator(device, shape.num_experts, shape.hidden_size)
+                self.experts.outputs = accumulator(device, shape.num_experts, shape.hidden_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in `ExpertStats`, without the layer axis."""

@@ -14,13 +14,14 @@ LEAVES = {
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk", "pace", "free_memory",
-    "schema", "generation_evaluation",
+    "schema", "generation_evaluation", "defaults",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
     "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
     "merged_forms",
     "streamed_teacher",
+    "repairs", "layer_repair", "reconstruction", "streamed_repair", "layer_summary",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
@@ -31,7 +32,7 @@ JOINTS = {
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
     "hub", "run_card", "harness", "student_training", "merge_command", "scoring", "auto_classes", "export_command",
-    "scoring_memory", "machines", "remedies",
+    "scoring_memory", "machines", "remedies", "parser_parts", "parsers_cut",
     "grid", "grid_sizes", "compare_point", "compare_worker", "compare_pool", "compare_inputs", "compare_results", "comparison",
     "compare_command",
     "plots",

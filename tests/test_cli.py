@@ -21,7 +21,7 @@ from runs import in_child
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from slimmoe_hf import cli, commands, parsers, student_training
+from slimmoe_hf import cli, commands, parsers, parsers_cut, student_training
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.machines import MACHINES
@@ -85,7 +85,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 
 def test_the_commands_are_those_that_are_listed_and_the_criteria_those_that_exist():
     assert set(commands.COMMANDS) == set(COMMANDS)
-    assert ", ".join(CRITERIA) == parsers.CRITERIA and ", ".join(EXPERT_CRITERIA) == parsers.EXPERT_CRITERIA
+    assert ", ".join(CRITERIA) == parsers_cut.CRITERIA and ", ".join(EXPERT_CRITERIA) == parsers_cut.EXPERT_CRITERIA
     assert ", ".join(MACHINES) == parsers.MACHINES
 
 
@@ -114,7 +114,7 @@ def test_flags_are_a_visible_decision():
         "score": common | train | teacher | output | scoring,
         "plan": common | output | target | {"--seed", "--json"},
         "slim": common | train | teacher | output | scoring | {
-            "--plan", "--other-weights", "--dtype", "--shard-size", "--delete-source-shards",
+            "--plan", "--other-weights", "--dtype", "--shard-size", "--delete-source-shards", "--reconstruct", "--no-reconstruct",
         } | target,
         "distill": common | train | teacher | output | {
             "--model", "--teacher-cache", "--beta", "--temperature", "--loss-top-k", "--distillation-weight",
@@ -138,6 +138,7 @@ def test_flags_are_a_visible_decision():
         },
         "merge": common | train | teacher | output | scoring | {
             "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size", "--uniform", "--form",
+            "--reconstruct", "--no-reconstruct",
         },
         "export": common - {"--config"} | {"--form", "--output", "--overwrite"},
     }  # fmt: skip

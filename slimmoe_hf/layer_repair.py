@@ -1,0 +1,236 @@
+"""What least squares makes of the output projections of one layer, from what passes the layer of the uncut model.
+
+Shape letters: E' experts kept, F expert width, D model width, N tokens, K experts per token, S tokens of one expert, X kept
+inputs of a projection (F' neurons, or H' * C of the attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimmoe_hf.blends import Blend
+from slimmoe_hf.calibration import add_up
+from slimmoe_hf.families import ExpertLayout, LayerView, family_of
+from slimmoe_hf.plan import CompressionPlan
+from slimmoe_hf.taps import Sweep, accumulator
+
+
+class Fit:
+    """Least squares for one projection: running sums, and their solution."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram_XX, self.cross_DX = accumulator(device, inputs, inputs), accumulator(device, outputs, inputs)
+        self.lost = accumulator(device)
+
+    def add(self, kept_SX: Tensor, missing_SD: Tensor) -> None:
+        """Add some tokens: the inputs that are kept, and what the output lacks without the others."""
+        kept_SX, missing_SD = kept_SX.to(self.gram_XX.dtype), missing_SD.to(self.gram_XX.dtype)
+        self.gram_XX += kept_SX.T @ kept_SX
+        self.cross_DX += missing_SD.T @ kept_SX
+        self.lost += missing_SD.square().sum()
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.gram_XX, self.cross_DX, self.lost
+
+    def solve(self, ridge: float, where: str) -> tuple[Tensor, float]:
+        """What to add to the kept columns, `[D, X]`, float64, and how much of `lost` it takes away.
+
+        Raises:
+            ValueError: The sums are not finite, or the ridge is too small for them.
+        """
+        exact = self.gram_XX.dtype == torch.float64
+        gram_XX, cross_DX = (sums if exact else sums.cpu().double() for sums in (self.gram_XX, self.cross_DX))
+        if not bool(gram_XX.isfinite().all() and cross_DX.isfinite().all()):
+            raise ValueError(f"{where}: its activations are not finite. Load the model in float32, and check it.")
+        mean_square = float(gram_XX.trace()) / len(gram_XX)
+        if mean_square == 0:  # no token came here
+            return torch.zeros_like(cross_DX), 0.0
+        damped_XX = gram_XX + ridge * mean_square * torch.eye(len(gram_XX), dtype=torch.float64, device=gram_XX.device)
+        factor_XX, failed = torch.linalg.cholesky_ex(damped_XX)
+        if bool(failed):
+            raise ValueError(f"{where}: ridge={ridge} is too small for its activations. Take a larger one.")
+        added_DX = torch.cholesky_solve(cross_DX.T, factor_XX).T
+        return added_DX, float(2 * (added_DX * cross_DX).sum() - (added_DX @ gram_XX * added_DX).sum())
+
+
+class CutExperts(Protocol):
+    """What a plan makes of the experts of one layer."""
+
+    def split(self, expert: int, hidden_SD: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        """Of tokens that are sent to `expert`: where they go, the inputs kept there and what the output lacks; or nothing."""
+
+    def plain(self, number: int) -> Tensor:
+        """The output projection of a kept expert before it is repaired, `[D, F']`."""
+
+
+class _Weights:
+    """The experts of a layer, one at a time, however they are laid out."""
+
+    def __init__(self, experts: Any, layout: ExpertLayout) -> None:
+        self.layout, weights = layout, layout.weights(experts)
+        self.into, self.down = weights[layout.gate_up], weights[layout.down]
+        self._act = experts._apply_gate if layout.unit is None else layout.units(experts)[0].act
+        first = self.down[0]
+        self.device, self.dtype, self.width = first.device, first.dtype, first.shape[layout.down_axis]
+
+    def activations(self, into: Tensor, hidden_SD: Tensor) -> Tensor:
+        """`[S, F]`, before the gate weights."""
+        found: Tensor = self._act(hidden_SD @ (into if self.layout.transposed else into.T))
+        return found.float()
+
+    def down_DF(self, expert: int) -> Tensor:
+        return self.out(self.down[expert])
+
+    def out(self, down: Tensor) -> Tensor:
+        return (down.T if self.layout.transposed else down).float()
+
+
+class _Narrowed:
+    """Experts that lose neurons; some of them may go altogether."""
+
+    def __init__(self, weights: _Weights, kept_EF: Tensor, stay: Sequence[int]) -> None:
+        self.weights, self.kept_EF, self.stay = weights, kept_EF.to(weights.device), stay
+        self.numbers = {expert: number for number, expert in enumerate(stay)}
+
+    def split(self, expert: int, hidden_SD: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        if expert not in self.numbers:
+            return None
+        number, weights = self.numbers[expert], self.weights
+        kept, dropped = _both(self.kept_EF[number], weights.width)
+        act_SF = weights.activations(weights.into[expert], hidden_SD)
+        return number, act_SF[:, kept], act_SF[:, dropped] @ weights.down_DF(expert)[:, dropped].T
+
+    def plain(self, number: int) -> Tensor:
+        return self.weights.down_DF(self.stay[number])[:, self.kept_EF[number]]
+
+
+class _Merged:
+    """Experts that are averages of some; each is to say what its members say to their own tokens."""
+
+    def __init__(self, weights: _Weights, blend: Blend) -> None:
+        self.weights, self.owners = weights, blend.owner.tolist()
+        (_, into_axis, into_EF), (_, down_axis, order_EF) = weights.layout.sides(blend.order, weights.width)
+        self.into = list(blend.each(weights.into, into_EF, into_axis))
+        self.down = list(blend.each(weights.down, order_EF, down_axis))
+
+    def split(self, expert: int, hidden_SD: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        number, weights = self.owners[expert], self.weights
+        act_SF = weights.activations(self.into[number], hidden_SD)
+        own_SD = weights.activations(weights.into[expert], hidden_SD) @ weights.down_DF(expert).T
+        return number, act_SF, own_SD - act_SF @ self.plain(number).T
+
+    def plain(self, number: int) -> Tensor:
+        return self.weights.out(self.down[number])
+
+
+def _both(kept_X: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Indices that are kept, and those that are not."""
+    stays = torch.zeros(size, dtype=torch.bool, device=kept_X.device)
+    stays[kept_X] = True
+    return kept_X, (~stays).nonzero().flatten()
+
+
+class LayerRepair:
+    """Listens to one layer of the uncut model, then solves what a plan leaves of it."""
+
+    def __init__(self, model: PreTrainedModel, view: LayerView, plan: CompressionPlan, sweep: Sweep) -> None:
+        """Make room for the sums.
+
+        Args:
+            model: Uncut; of this layer the weights must be there.
+            view: The layer.
+            plan: What is cut.
+            sweep: Knows the batch in hand.
+        """
+        self.view, layer, family = view, view.index, family_of(model.config)
+        self.tokens, self.layout = sweep.stacks[view.paths.stack], family.layout
+        out: Any = view.attention.get_submodule(family.projections[-1])
+        self.projection, device, hidden = out, out.weight.device, plan.meta.before.hidden_size
+        self.experts: CutExperts | None = None
+        self.fits: list[Fit] = []
+        self.attention: Fit | None = None
+        if layer in plan.neurons or layer in plan.blends:
+            weights = _Weights(view.experts, family.layout)
+            self.dtype = weights.dtype
+            stay = plan.experts.get(layer, torch.arange(plan.meta.before.num_experts)).tolist()
+            self.experts = (
+                _Merged(weights, plan.blends[layer])
+                if layer in plan.blends
+                else _Narrowed(weights, plan.neurons[layer], stay)
+            )
+            number = plan.blends[layer].number if layer in plan.blends else len(stay)
+            self.fits = [Fit(plan.meta.after.expert_width, hidden, device) for _ in range(number)]
+        if layer in plan.groups:
+            queries, _ = plan.attention_rows(layer)
+            self.queries = queries.to(device)
+            self.attention = Fit(len(queries), hidden, device)
+
+    @contextmanager
+    def listening(self) -> Iterator[bool]:
+        """Add up what passes the layer within the block; whether anything of it is to be solved."""
+        with ExitStack() as stack:
+            if self.experts is not None and self.view.experts is not None:
+                stack.callback(self.view.experts.register_forward_pre_hook(self._hear_experts).remove)
+            if self.attention is not None:
+                stack.callback(self.projection.register_forward_pre_hook(self._hear_attention).remove)
+            yield self.experts is not None or self.attention is not None
+
+    @torch.no_grad()
+    def _hear_experts(self, _module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden_ND, index_NK, gate_NK = args
+        assert self.experts is not None
+        if self.layout.unit is not None:  # units are told `[N, 1, E]`, of zeros where a token is beyond the capacity
+            index_NK = torch.where(index_NK.any(-1), index_NK.argmax(-1), -1)
+        index_NK = index_NK.masked_fill(~self.tokens.valid_N.unsqueeze(-1), -1)
+        order_S = index_NK.flatten().argsort(stable=True)
+        expert_S = index_NK.flatten()[order_S]
+        token_S, gate_S = order_S // index_NK.shape[-1], gate_NK.flatten()[order_S].float()
+        experts, counts = expert_S.unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        for expert, tokens, gates in zip(experts.tolist(), token_S.split(sizes), gate_S.split(sizes), strict=True):
+            found = self.experts.split(expert, hidden_ND[tokens]) if expert >= 0 else None
+            if found is not None:
+                number, kept_SX, missing_SD = found
+                self.fits[number].add(kept_SX * gates.unsqueeze(-1), missing_SD * gates.unsqueeze(-1))
+
+    @torch.no_grad()
+    def _hear_attention(self, projection: Any, args: tuple[Tensor, ...]) -> None:
+        assert self.attention is not None
+        input_NX = args[0].flatten(0, -2)[self.tokens.valid_N].float()
+        kept, dropped = _both(self.queries, input_NX.shape[-1])
+        self.attention.add(input_NX[:, kept], input_NX[:, dropped] @ projection.weight[:, dropped].float().T)
+
+    @torch.no_grad()
+    def solve(self, ridge: float) -> dict[str, Tensor]:
+        """The layer's part of a plan's repairs, and of its summary the shares that they take away of the error.
+
+        In several processes all of them must call it.
+        """
+        add_up(sums for fit in [*self.fits, *filter(None, [self.attention])] for sums in fit.sums)
+        where, found = f"layer {self.view.index}", dict[str, Tensor]()
+        if self.experts is not None:
+            weights, taken = [], 0.0
+            for number, fit in enumerate(self.fits):
+                added_DX, removed = fit.solve(ridge, f"{where}, expert {number} of those kept")
+                weights.append((self.experts.plain(number).cpu() + added_DX.cpu()).to(self.dtype))
+                taken += removed
+            found["down_proj"] = torch.stack(weights)
+            found["experts_repaired"] = _share(taken, sum(float(fit.lost) for fit in self.fits))
+        if self.attention is not None:
+            added_DX, taken = self.attention.solve(ridge, f"{where}, attention")
+            plain_DX = self.projection.weight[:, self.queries]
+            found["o_proj"] = (plain_DX.cpu().double() + added_DX.cpu()).to(plain_DX.dtype)
+            found["attention_repaired"] = _share(taken, float(self.attention.lost))
+        return found
+
+
+def _share(taken: float, lost: float) -> Tensor:
+    return torch.tensor(taken / lost if lost > 0 else 0.0, dtype=torch.float64)

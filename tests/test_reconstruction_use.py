@@ -1,0 +1,255 @@
+"""Reconstruction where it is used: streamed, in a callback, in a run, on the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes import tiny_recipe, write_recipe
+from runs import in_child, in_two_processes
+from test_callbacks import callback, plain_trainer, tokens
+from test_streaming import packed, stopping, text
+from test_surgery import random_plan, whole_target
+from tiny import decoder_only, save_tiny, tiny_model, write_text
+from torch import Tensor
+
+from slimmoe_hf import cli, commands, streamed_repair
+from slimmoe_hf.blocks import EMBEDDINGS, Blocks
+from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.data import batches, load_documents
+from slimmoe_hf.evaluation import held_out, measure_loss
+from slimmoe_hf.families import layer_views, moe_layers
+from slimmoe_hf.identity import model_sha256
+from slimmoe_hf.loading import load_model, load_tokenizer, weights_sha256
+from slimmoe_hf.pipeline import run_recipe
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.streamed_repair import stream_reconstruct
+from slimmoe_hf.surgery import apply_plan
+from slimmoe_hf.walk import Walk
+
+TEACHER = Path(__file__).parent.parent / "examples" / "teacher" / "model"
+
+
+def whole_plan(model) -> CompressionPlan:
+    return make_plan(collect_stats(model, text(), progress=False), whole_target(model.config.model_type))
+
+
+@pytest.mark.parametrize("family", decoder_only("goes through whole: its blocks need what the first one makes"))
+def test_a_streamed_repair_equals_that_in_memory(family, tmp_path: Path):
+    path = save_tiny(tmp_path / "model", family)
+    model = load_model(path)
+    plan = whole_plan(model)
+    streamed = stream_reconstruct(path, text(), plan, work=tmp_path / "work", progress=False)
+    whole = reconstruct(model, text(), plan, progress=False)
+    assert streamed.meta == whole.meta and streamed.sha256 == whole.sha256
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sliding window": {"sliding_window": 8}, "router logits": {"output_router_logits": True},
+    "one layer": {"num_hidden_layers": 1}, "packed": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_layer_run_alone_hears_what_it_hears_in_the_whole_model(variant, tmp_path: Path):
+    """Whatever the model does between its layers: masks, positions of packed documents, router logits."""
+    given = packed() if variant == "packed" else text()
+    path = save_tiny(tmp_path / "model", **VARIANTS[variant])
+    model, heard = load_model(path), []
+    plan = random_plan(model, Target(expert_width=16, kv_groups=1))
+    for view in layer_views(model):
+        for module in (view.experts, view.attention.o_proj):
+            module.register_forward_pre_hook(lambda module, args: heard.append((id(module), args[0].flatten(0, -2))))
+    for batch in given:
+        model(**batch, use_cache=False)  # with one, packed documents would see each other
+    whole = sorted(heard, key=lambda each: each[0])
+    heard.clear()
+    reconstruct(model, given, plan, progress=False)
+    alone = sorted(heard, key=lambda each: each[0])
+    assert len(whole) == len(alone) == 2 * len(layer_views(model)) * len(given)
+    assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in zip(whole, alone, strict=True))
+    streamed = stream_reconstruct(path, given, plan, work=tmp_path / "work", progress=False)
+    assert streamed.sha256 == reconstruct(model, given, plan, progress=False).sha256
+
+
+# Two layers write: embeddings, 0, 1. Next to each, what a second start has to read.
+READS = [[EMBEDDINGS, 0, 1], [0, 1], [1]]
+
+
+@pytest.mark.parametrize("stopped", range(3))
+def test_stopped_anywhere_a_streamed_repair_continues_there(stopped: int, tmp_path: Path, monkeypatch):
+    path = save_tiny(tmp_path / "model")
+    plan = whole_plan(load_model(path))
+    whole = stream_reconstruct(path, text(), plan, work=tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, stopped + 1)
+        stream_reconstruct(path, text(), plan, work=tmp_path / "work", progress=False)
+    read: list[int] = []
+    real = Blocks.read
+    monkeypatch.setattr(
+        Blocks, "read", lambda self, part, *args, **kw: read.append(part) or real(self, part, *args, **kw)
+    )
+    with pytest.raises(ValueError, match=r"another request \(ridge differ"):
+        stream_reconstruct(path, text(), plan, 0.1, work=tmp_path / "work", progress=False)
+    continued = stream_reconstruct(path, text(), plan, work=tmp_path / "work", progress=False)
+    assert read == READS[stopped] and continued.sha256 == whole.sha256 and continued.meta == whole.meta
+
+
+def test_the_callback_repairs_as_the_function_does_and_its_plan_is_resumed(tmp_path: Path, monkeypatch):
+    expected = tiny_model("phimoe")
+    given = batches(tokens(0, 4), 8, 1)
+    plan = make_plan(collect_stats(expected, given, progress=False), Target(expert_width=16))
+    repaired = reconstruct(expected, given, plan, progress=False)
+    trainer = plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)])
+    assert CompressionPlan.load(tmp_path / "plan").sha256 == repaired.sha256 != plan.sha256
+    cut = model_sha256(trainer.model)
+    assert cut == model_sha256(apply_plan(expected, repaired))
+    trainer.train()
+    with pytest.raises(ValueError, match="changed: reconstruct: True -> False"):
+        plain_trainer(tmp_path)
+    monkeypatch.setattr("slimmoe_hf.callbacks.reconstruct", lambda *a, **k: pytest.fail("solved again"))
+    assert model_sha256(plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)]).model) == cut
+    given_plan = callback(target=None, calibration_dataset=None, plan=tmp_path / "plan")
+    assert model_sha256(plain_trainer(tmp_path / "given", callbacks=[given_plan]).model) == cut
+    with pytest.raises(ValueError, match="takes the plan as it is"):
+        callback(target=None, calibration_dataset=None, plan=tmp_path / "plan", reconstruct=True)
+
+
+def test_a_plan_from_before_there_was_reconstruction_is_resumed(tmp_path: Path):
+    plain_trainer(tmp_path)
+    plan = CompressionPlan.load(tmp_path / "plan")
+    plan.with_request({k: v for k, v in plan.meta.request.items() if k != "reconstruct"}).save(tmp_path / "plan")
+    plain_trainer(tmp_path)
+    with pytest.raises(ValueError, match="changed: reconstruct: False -> True"):
+        plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)])
+
+
+def _cut(folder: Path) -> None:
+    trainer = plain_trainer(folder, callbacks=[callback(reconstruct=True, batch_size=2)])
+    folder.with_name(f"run-{trainer.args.process_index}").write_text(model_sha256(trainer.model))
+
+
+def test_two_processes_solve_the_same_and_what_one_alone_would(tmp_path: Path):
+    """Equal to each other to the last bit; to one alone but for the order of sums."""
+    assert in_two_processes(_cut, tmp_path / "run") == [0, 0]
+    assert (tmp_path / "run-0").read_text() == (tmp_path / "run-1").read_text()
+    plain_trainer(tmp_path / "alone", callbacks=[callback(reconstruct=True, batch_size=2)])
+    both, alone = (CompressionPlan.load(tmp_path / name / "plan") for name in ("run", "alone"))
+    assert both.meta.repairing.tokens == alone.meta.repairing.tokens
+    for name, weight in both.repairs.tensors().items():
+        other = alone.repairs.tensors()[name]
+        assert (weight - other).norm() <= 1e-6 * other.norm(), name
+
+
+@pytest.fixture
+def as_loud_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` silences this whole process, which other tests listen to."""
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+
+
+def one_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert cli.main(list(argv)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_slim_and_merge_reconstruct_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, prose = str(save_tiny(tmp_path / "model")), str(write_text(tmp_path / "text.jsonl"))
+    data = ["--data", prose, "--max-length", "64", "--tokens", "1024"]
+
+    def slim(name: str, *more: str) -> Path:
+        command = [
+            "slim",
+            model,
+            *data,
+            "--expert-width",
+            "16",
+            "--kv-groups",
+            "1",
+            *more,
+            "--output",
+            str(tmp_path / name),
+        ]
+        assert cli.main(command) == 0
+        return tmp_path / name
+
+    plain, repaired, streamed = slim("plain"), slim("a", "--reconstruct"), slim("b", "--reconstruct", "--stream")
+    assert weights_sha256(plain) == weights_sha256(slim("off", "--no-reconstruct"))
+    assert weights_sha256(plain) != weights_sha256(repaired) == weights_sha256(streamed)
+    one, other = (load_model(path) for path in (plain, repaired))
+    different = {name for name, tensor in one.state_dict().items() if not torch.equal(tensor, other.state_dict()[name])}
+    assert different == {name for name in one.state_dict() if name.endswith(("experts.down_proj", "o_proj.weight"))}
+    assert not list(tmp_path.glob("*.reconstructing")) and not list(tmp_path.glob("*.scoring"))
+    merge = ["merge", model, *data, "--num-experts", "2", "--reconstruct", "--output", str(tmp_path / "merged")]
+    assert cli.main(merge) == 0
+    plan = CompressionPlan.load(tmp_path / "merged" / "plan")
+    for layer, experts, _ in moe_layers(load_model(tmp_path / "merged")):
+        assert torch.equal(experts.down_proj, plan.repairs.down_proj[layer])
+    plan.save(tmp_path / "plan")
+    capsys.readouterr()
+    assert cli.main(["plan", "show", str(tmp_path / "plan")]) == 0
+    assert "reconstructed: output projections solved anew on 1,024 tokens" in capsys.readouterr().out
+    message = one_error(capsys, "slim", model, "--plan", str(tmp_path / "plan"), "--reconstruct", "--output", "o")
+    assert "--reconstruct goes with --data and a size" in message
+
+
+def _kill_in_repair(recipe: Path) -> None:
+    real = streamed_repair._repair
+
+    def dying(walk: Walk, part: int, plan: CompressionPlan, ridge: float) -> None:
+        real(walk, part, plan, ridge)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    streamed_repair._repair = dying
+    run_recipe(recipe)
+
+
+@pytest.mark.slow  # two runs, one of them killed
+def test_a_run_reconstructs_and_a_killed_one_ends_with_the_same_weights(tmp_path: Path):
+    values = tiny_recipe(tmp_path)
+    values["stages"] = values["stages"][:1]
+    values["stages"][0]["calibration"] |= {"reconstruct": True, "stream": True}
+    values["stages"][0]["distillation"]["max_steps"] = 1
+    recipe = write_recipe(tmp_path, values)
+    assert in_child(_kill_in_repair, recipe) == -signal.SIGKILL
+    assert (tmp_path / "run" / "stage-1" / "reconstructing").is_dir()
+    report = run_recipe(recipe)
+    assert not (tmp_path / "run" / "stage-1" / "reconstructing").exists()
+    plan = CompressionPlan.load(tmp_path / "run" / "stage-1" / "plan")
+    assert plan.meta.repairing.ridge == 0.05 and plan.meta.repairing.data_sha256 == plan.meta.data_sha256
+    slimmed = load_model(tmp_path / "run" / "stage-1" / "slimmed")
+    for layer, experts, _ in moe_layers(slimmed):
+        assert torch.equal(experts.down_proj, plan.repairs.down_proj[layer])
+    values["stages"][0]["calibration"]["stream"] = False
+    again = run_recipe(write_recipe(tmp_path, values), tmp_path / "in-memory")
+    assert [model.weights_sha256 for model in again.models] == [model.weights_sha256 for model in report.models]
+    published = CompressionPlan.load(tmp_path / "run" / "model" / "plans" / "stage-1")
+    assert not published.repairs.tensors(), "the published weights hold them already"
+
+
+@pytest.mark.slow
+def test_reconstruction_improves_the_validation_loss_of_the_shipped_teacher():
+    """Width 384 to 96 by taylor on 32,768 tokens: a minute of forward passes."""
+    tokenizer, model = load_tokenizer(TEACHER), load_model(TEACHER, "float32")
+    given = _prose(tokenizer, "train", 32768)
+    rows = held_out(load_documents("sotu", "validation"), tokenizer, 256, 16384).rows_NT
+    plan = make_plan(collect_stats(model, given, progress=False), Target(expert_width=96))
+    repaired = reconstruct(model, given, plan, progress=False)
+    losses = [measure_loss(apply_plan(load_model(TEACHER, "float32"), each), rows).loss for each in (plan, repaired)]
+    assert losses[1] < losses[0] - 0.1, losses
+
+
+def _prose(tokenizer: Any, split: str, length: int) -> list[dict[str, Tensor]]:
+    from slimmoe_hf.data import take_rows, take_tokens, tokenize
+
+    documents = take_tokens(load_documents("sotu", split).shuffle(seed=0), length, tokenizer)
+    return batches(take_rows(tokenize(documents, tokenizer, 256), length), 8)
