@@ -24,7 +24,7 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize, tokenize_pairs
-from slimmoe_hf.defaults import RECONSTRUCT
+from slimmoe_hf.defaults import reconstructs
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
@@ -62,7 +62,8 @@ class SlimmingCallback(TrainerCallback):
         expert_criterion: What chooses the experts that stay, where the target drops some: a name in
             `slimmoe_hf.criteria.EXPERT_CRITERIA`. Default: `criterion`.
         reconstruct: Solve the output projections of what stays anew, on the calibration text; see
-            `slimmoe_hf.reconstruction.reconstruct`. The plan in `output_dir` then holds these weights too.
+            `slimmoe_hf.reconstruction.reconstruct`. The plan in `output_dir` then holds these weights too. Default:
+            `slimmoe_hf.defaults.RECONSTRUCT`; a given plan is taken as it is.
 
     Raises:
         ValueError: From the trainer's `__init__`: a target the model cannot take, a changed request, or a model that
@@ -90,7 +91,7 @@ class SlimmingCallback(TrainerCallback):
         batch_size: int = 8,
         seed: int = 0,
         expert_criterion: str | None = None,
-        reconstruct: bool = RECONSTRUCT,
+        reconstruct: bool | None = None,
     ) -> None:
         if (target is None) == (plan is None):
             raise ValueError("SlimmingCallback needs either target= (and calibration_dataset=) or plan=, and not both.")
@@ -106,7 +107,7 @@ class SlimmingCallback(TrainerCallback):
         if target is not None:
             check_criteria(criterion, expert_criterion, **target.asks)
         self.target, self.criterion, self.dataset, self.loss = target, criterion, calibration_dataset, loss
-        self.expert_criterion, self.reconstruct = expert_criterion, reconstruct
+        self.expert_criterion, self.reconstruct = expert_criterion, reconstructs(reconstruct)
         self.teacher_model, self.max_length, self.batch_size, self.seed = teacher_model, max_length, batch_size, seed
         self.given = CompressionPlan.load(plan) if isinstance(plan, (str, Path)) else plan
         self.plan: CompressionPlan | None = None

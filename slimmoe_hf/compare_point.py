@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, load_from_disk
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from slimmoe_hf.atomic import write_text
@@ -32,8 +33,9 @@ from slimmoe_hf.grid import Method, Sweep
 from slimmoe_hf.grid_sizes import active_of, left_config
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.plan import ALIGNMENT, Target, make_plan
+from slimmoe_hf.plan import ALIGNMENT, CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import device, training_arguments
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sparsity import SparsityCallback, kept_rows
 from slimmoe_hf.stats import ExpertStats
@@ -163,16 +165,23 @@ def read_result(folder: Path, point: Point) -> PointResult | None:
         return None
 
 
-def _sweep(bench: Bench, point: Point, model: PreTrainedModel, part: int, parts: int) -> ExpertStats:
-    """Statistics on one of the equal parts of a seed's calibration sample; after the first, against the original model."""
+def _calibration(bench: Bench, point: Point, part: int, parts: int) -> list[dict[str, Tensor]]:
+    """One of the equal parts of a seed's calibration sample."""
     assert point.calibration is not None
     asked = point.calibration
     documents, _ = take_apart(bench.calibration, asked.tokens, bench.tokenizer, point.seed)
     rows = take_rows(tokenize(documents, bench.tokenizer, point.max_length, point.packing), asked.tokens)
     rows = rows.select(range(part * len(rows) // parts, (part + 1) * len(rows) // parts))
-    teacher = load_model(bench.model, device=device()) if part and asked.loss == "kd_topk" else None
-    given = batches(rows, asked.batch_size, bench.tokenizer.pad_token_id or 0)
-    return collect_stats(model, given, loss=asked.loss, teacher=teacher, progress=False)
+    return batches(rows, asked.batch_size, bench.tokenizer.pad_token_id or 0)
+
+
+def _sweep(bench: Bench, point: Point, model: PreTrainedModel, part: int, parts: int) -> ExpertStats:
+    """Statistics on a part of the calibration sample; after the first, against the original model."""
+    assert point.calibration is not None
+    loss = point.calibration.loss
+    teacher = load_model(bench.model, device=device()) if part and loss == "kd_topk" else None
+    given = _calibration(bench, point, part, parts)
+    return collect_stats(model, given, loss=loss, teacher=teacher, progress=False)
 
 
 class _Run:
@@ -229,7 +238,7 @@ class _Run:
                 grouping=merge.grouping,
                 seed=self.point.seed,
             )
-            return apply_plan(model, plan)
+            return apply_plan(model, self._repaired(model, plan, 0))
         return model
 
     def _shared_scores(self) -> ExpertStats:
@@ -247,7 +256,15 @@ class _Run:
             stats = _sweep(self.bench, self.point, model, stage, method.stages)
             self.scored += stats.meta.tokens
         target = stage_target(model, method.target, stage, method.stages)
-        return apply_plan(model, make_plan(stats, target, method.criterion, seed, method.expert_criterion))
+        plan = make_plan(stats, target, method.criterion, seed, method.expert_criterion)
+        return apply_plan(model, self._repaired(model, plan, stage))
+
+    def _repaired(self, model: PreTrainedModel, plan: CompressionPlan, stage: int) -> CompressionPlan:
+        """The plan, reconstructed if the method says so, on the part of the sample that the stage was scored on."""
+        if not self.method.reconstruct:
+            return plan
+        given = _calibration(self.bench, self.point, stage, self.method.stages)
+        return reconstruct(model, given, plan, progress=False)
 
     def _measure(self, model: PreTrainedModel) -> float:
         """The loss before recovery. Of factored experts with S cut at once, by the size of its rows: uncut, nothing is lost."""

@@ -98,6 +98,7 @@ class Method(Strict):
         name: In tables and pictures.
         target: What is cut to.
         criterion, expert_criterion: Which scores decide, as in a recipe's stage.
+        reconstruct: The output projections of what is left are solved anew, on the text that was scored.
         merge: Experts are averaged into fewer. factor: They are factored, after the cut or the merging if there is one.
         from_scratch: A model of the target's shape with random weights in place of a cut one.
         stages: The cut is made in so many steps, each followed by an equal part of the recovery, on rows of its own.
@@ -107,6 +108,7 @@ class Method(Strict):
     target: Target | None = None
     criterion: str | None = None
     expert_criterion: str | None = None
+    reconstruct: bool = False
     merge: Merge | None = None
     factor: Factor | None = None
     from_scratch: bool = False
@@ -129,6 +131,8 @@ class Method(Strict):
             raise ValueError(f"{self.name}: names no criterion, so nothing says what its target keeps")
         if not scored and (self.criterion is not None or self.expert_criterion is not None):
             raise ValueError(f"{self.name}: scores nothing, so leave criterion and expert_criterion out")
+        if self.reconstruct and not scored and self.merge is None:
+            raise ValueError(f"{self.name}: neither cuts nor merges, so leave reconstruct out")
         if self.from_scratch and (self.target is None or self.factor is not None or self.stages > 1):
             raise ValueError(f"{self.name}: from_scratch takes a target and nothing else")
         if self.stages > 1 and (self.target is None or self.factor is not None):

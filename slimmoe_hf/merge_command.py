@@ -10,6 +10,7 @@ from rich.console import Console
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.checkpoint import carry, slim_checkpoint
 from slimmoe_hf.command_inputs import output_path, refuse_source, require, say, size_of
+from slimmoe_hf.defaults import reconstructs
 from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.families import family_of, shape_of
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
@@ -60,7 +61,7 @@ def merge(args: argparse.Namespace) -> None:
         model, stats, args.num_experts, counts=counts, similarity=args.similarity, grouping=args.grouping,
         reference=args.reference, seed=args.seed,
     )  # fmt: skip
-    if args.reconstruct:
+    if reconstructs(args.reconstruct):
         plan = reconstruct(model, given, plan)
     del model
     if form == "indirect":

@@ -18,7 +18,7 @@ from slimmoe_hf.own_form import class_of
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.shared_checkpoint import SharedModel
 from slimmoe_hf.shared_experts import GROUPS, point, unpoint
-from slimmoe_hf.surgery import merge_experts, repair_experts
+from slimmoe_hf.surgery import merge_experts, refuse_foreign_repairs, repair_experts
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -117,6 +117,7 @@ def _check_merges(model: PreTrainedModel, plan: CompressionPlan) -> None:
     if isinstance(model, SharedModel):
         raise ValueError("the experts of this model are shared already. unshare(model) undoes it.")
     plan.check_fits(model.config)
+    refuse_foreign_repairs(model, plan)
     plan.check()
     if missing := set(plan.blends) - {layer for layer, _, _ in moe_layers(model)}:
         raise ValueError(f"the plan merges experts in layers {sorted(missing)}, where this model has none.")

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.cache_format import bytes_per_answer
+from slimmoe_hf.families import shape_of
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.launch import is_sharded, processes_of
 from slimmoe_hf.loading import DEVICE_SHARE
@@ -27,13 +28,19 @@ from slimmoe_hf.pace import shown_time
 from slimmoe_hf.preflight import Outline, Text, teacher_dtype, training_tokens
 from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
-from slimmoe_hf.scoring_memory import scoring_memory, streamed_answers_memory, streamed_scoring_memory
+from slimmoe_hf.scoring_memory import (
+    reconstruction_memory,
+    scoring_memory,
+    streamed_answers_memory,
+    streamed_scoring_memory,
+)
 from slimmoe_hf.sizing import Counts, parameter_counts
 from slimmoe_hf.streamed_answers import GROUP_SHARE, group_tokens
 
 EFFICIENCY = 0.25
 """Share of a large matrix product's speed that a mixture of experts gets in training. Assumed."""
 _READ, _WRITE = 1.5e9, 0.5e9  # bytes per second of a disk; assumed
+_CALIBRATED = ("/score", "/plan")  # steps that a recipe's `calibration` decides the size of
 _SHARDED = ("weights", "gradients", "optimizer", "teacher")  # what FSDP2 spreads over its processes
 _GENEROUS = 0.85  # a run is refused only when this share of the estimate does not fit
 
@@ -106,6 +113,8 @@ class _Outlook:
         for number, (stage, after) in enumerate(zip(self.recipe.stages, outline.after, strict=True), 1):
             arguments = outline.arguments[number - 1]
             found.append(self._score(number, stage, config))
+            if stage.calibration.reconstruct and stage.target.asks["neurons"]:
+                found.append(self._reconstruct(number, stage, config, after))
             found.append(self._slim(number, stage, config, after))
             found.append(self._evaluate(f"stage-{number}/slimmed/evaluate", after))
             found.append(self._distil(number, stage, after, arguments))
@@ -158,6 +167,30 @@ class _Outlook:
         seconds = self._seconds(operations, on_host) + reading
         key = f"stages.{number - 1}.calibration"
         return Step(f"stage-{number}/score", what + where, device_bytes, host_bytes, sums, seconds, key, passing)
+
+    def _reconstruct(self, number: int, stage: Stage, config: PreTrainedConfig, after: PreTrainedConfig) -> Step:
+        """A plan that carries weights; one that does not takes no time worth telling."""
+        calibration, before, kept = stage.calibration, shape_of(config), shape_of(after)
+        dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
+        memory = reconstruction_memory(
+            config, after, tokens=calibration.tokens, batch=calibration.batch_size, length=self.recipe.data.max_length,
+            dtype=dtype, stored=self.dtype if calibration.stream else None,
+        )  # fmt: skip
+        width, hidden = kept.expert_width, kept.hidden_size
+        sums = before.top_k * calibration.tokens * 2 * width * (width + hidden)
+        solutions = kept.num_experts * width**2 * (width / 3 + 2 * hidden)
+        # The text passes once, its experts are run once more, and float64 is half as fast.
+        operations = 4 * _active(config) * calibration.tokens + 2 * before.layers * (sums + solutions)
+        carried = before.layers * kept.num_experts * width * hidden * dtype.itemsize
+        what = f"output projections solved anew on {calibration.tokens:,} tokens"
+        reading, passing = 0.0, 0
+        if calibration.stream:
+            reading = parameter_counts(config).bytes(self.dtype) / _READ
+            passing = 2 * calibration.tokens * hidden * dtype.itemsize
+            what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
+        device_bytes, host_bytes = self._held(memory, on_host)
+        seconds, key = self._seconds(operations, on_host) + reading, f"stages.{number - 1}.calibration"
+        return Step(f"stage-{number}/plan", what, device_bytes, host_bytes, carried, seconds, key, passing)
 
     def _slim(self, number: int, stage: Stage, before: PreTrainedConfig, after: PreTrainedConfig) -> Step:
         read, written = parameter_counts(before).bytes(self.dtype), parameter_counts(after)
@@ -318,9 +351,9 @@ def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -
     for short in shortages(steps, machine):
         step = short.step
         remedy = f"Lower {step.key}." if step.key else "Use a larger machine."
-        if step.name.endswith("/score") and step.passing:
+        if step.name.endswith(_CALIBRATED) and step.passing:
             remedy = f"Lower {step.key}.batch_size."
-        elif step.name.endswith("/score") and short.what == "memory" and machine.host is not None:
+        elif step.name.endswith(_CALIBRATED) and short.what == "memory" and machine.host is not None:
             remedy = f"Set {step.key}.device to cpu, or its dtype to bfloat16; or its stream to true."
         raise ValueError(
             f"{step.name} needs about {short.needed / 1e9:.1f} GB of {short.what}, {short.free / 1e9:.1f} GB are free on "

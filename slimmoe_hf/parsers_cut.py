@@ -54,7 +54,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--reconstruct", action=argparse.BooleanOptionalAction, default=RECONSTRUCT,
+        "--reconstruct", action=argparse.BooleanOptionalAction,
         help="solve the output projections of what stays anew, on the text that was scored "
         f"(default: {'yes' if RECONSTRUCT else 'no'})",
     )  # fmt: skip

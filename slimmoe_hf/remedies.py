@@ -58,7 +58,7 @@ def _changes(recipe: Recipe, step: str) -> Iterator[Change]:
         return
     number = int(step.removeprefix("stage-").partition("/")[0]) - 1
     stage = recipe.stages[number]
-    if step.endswith("/score"):
+    if step.endswith(("/score", "/plan")):
         for key, value in (("stream", True), ("batch_size", 1), ("dtype", "bfloat16")):
             if stage.calibration.model_dump()[key] != value:
                 shown = str(value).lower()

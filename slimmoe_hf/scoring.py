@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.command_inputs import open_checkpoint, read_documents
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
+from slimmoe_hf.defaults import reconstructs
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
@@ -58,7 +59,7 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
     def decided(stats: ExpertStats) -> CompressionPlan:
         return make_plan(stats, target, args.criterion, args.seed, args.expert_criterion)
 
-    if not args.reconstruct:
+    if not reconstructs(args.reconstruct):
         return decided(scored(args, output))
     if not args.stream:
         model, stats, given = scored_model(args)

@@ -1,9 +1,10 @@
-"""How much memory scoring takes: of a model that is in memory, and of models that stream by. From the config alone.
+"""How much memory scoring and reconstruction take: of a model in memory, and of models that stream by. From configs alone.
 
 As in `memory`, what a layer does is found by running it on tensors without values. Streaming, the part in hand has its
 weights where it computes, and the next one waits in host memory as it is stored.
 
-Shape letters: B rows, T tokens per row, V vocabulary, S routed token-expert pairs, F expert width.
+Shape letters: B rows, T tokens per row, V vocabulary, S routed token-expert pairs, F expert width, F' the width kept, D model
+width, X kept inputs of a projection.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig
 from slimmoe_hf import answers, streamed_teacher
 from slimmoe_hf.cache_writer import SHARD_BYTES
 from slimmoe_hf.calibration import KD_TOP_K
-from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.families import Shape, family_of, moe_layers, shape_of
 from slimmoe_hf.losses import forward_kl
 from slimmoe_hf.memory import Memory, meta_model, phases_of
 from slimmoe_hf.stats import ExpertStats
@@ -110,6 +111,55 @@ def streamed_answers_memory(
         "head": {"weights": at_head * dtype.itemsize, "logits and answers": _COPIES * chunk},
     }
     return _streamed("streamed answers", moments, largest * stored.itemsize + (0 if device is None else SHARD_BYTES))
+
+
+def reconstruction_memory(
+    config: PreTrainedConfig,
+    after: PreTrainedConfig,
+    *,
+    tokens: int,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+) -> Memory:
+    """Memory of `reconstruct`, or with `stored` of `stream_reconstruct`; `host` is text between layers, and solved weights.
+
+    Args:
+        config: The model's. after: Of what the plan leaves.
+        tokens: Of all batches.
+        batch: B, rows at a time.
+        length: T, tokens per row.
+        dtype: What is computed in.
+        stored: What the checkpoint is in that streams by; its text between layers is on the disk.
+
+    Raises:
+        ValueError: As `family_of`.
+    """
+    before, kept = shape_of(config), shape_of(after)
+    forward = phases_of(config, dtype, batch, length, _pass)["forward"]
+    width, hidden, layers = kept.expert_width, kept.hidden_size, len(moe_layers(meta_model(config)))
+    busiest = batch * length  # tokens: all of a batch may go to one expert
+    adding = busiest * (3 * before.expert_width + 2 * hidden) * 4 + busiest * (width + hidden) * 8
+    solving = (3 * width**2 + 3 * hidden * width) * 8
+    weights = (_parts(config)[0] if stored else sum(_parts(config))) * dtype.itemsize
+    solved = (layers * kept.num_experts * width + before.layers * _heads(before, kept)) * hidden * dtype.itemsize
+    waiting = _parts(config)[0] * stored.itemsize if stored else tokens * hidden * dtype.itemsize
+    parts = {
+        "weights": weights, "sums": kept.num_experts * _fit(width, hidden) + _fit(_heads(before, kept), hidden),
+        "working set": max(forward.peak + adding, solving),
+    }  # fmt: skip
+    return Memory(use="reconstruction", parts=parts, peak="layer", host=waiting + solved)
+
+
+def _heads(before: Shape, kept: Shape) -> int:
+    """X of the attention; 0 where it loses nothing."""
+    return kept.query_heads * kept.head_width if kept.query_heads < before.query_heads else 0
+
+
+def _fit(inputs: int, outputs: int) -> int:
+    """Bytes of the sums of one projection."""
+    return inputs * (inputs + outputs) * 8
 
 
 def _streamed(use: str, moments: dict[str, dict[str, int]], host: int) -> Memory:

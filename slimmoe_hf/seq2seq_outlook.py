@@ -76,7 +76,18 @@ class _PairOutlook:
         seconds = 6 * self.met * tokens / self.speed
         score = Step(f"{name}/score", f"{tokens:,} tokens, usage and router logits", whole, 0, 10**6, seconds, key)
         what = f"{self.counts.experts} experts stay, {stage.merge.counts}: {size:,} parameters"
-        return [score, Step(f"{name}/merge", what, whole + size * _FLOAT32, 0, size * self.saved, size / 2e7)]
+        merging = size / 2e7
+        if stage.calibration.reconstruct:  # all pairs pass the whole model for each layer
+            config = self.found.config
+            merging += (
+                2
+                * self.met
+                * tokens
+                * (config.num_sparse_encoder_layers + config.num_sparse_decoder_layers)
+                / self.speed
+            )
+            what += ", output projections solved anew"
+        return [score, Step(f"{name}/merge", what, whole + size * _FLOAT32, 0, size * self.saved, merging)]
 
     def _evaluated(self, name: str, size: int) -> Step:
         tokens = _tokens(self.text, "test")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich import get_console
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 import slimmoe_hf
@@ -30,6 +31,7 @@ from slimmoe_hf.outlook import check_room, shown_steps
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.preflight import device, free_disk, is_remote
 from slimmoe_hf.progress import TrainingProgress
+from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, pair_readme
 from slimmoe_hf.rundir import REPORT, Result, RunFolder
 from slimmoe_hf.seq2seq import Seq2SeqDistillationTrainer
@@ -130,27 +132,35 @@ class _Line:
     def _merging(self, name: str, source: Path, folder: Path, stage: Seq2SeqStage, merge: Merge) -> Result:
         found = self.step(f"{name}/score", [f"{name}/stats.safetensors"], lambda: self._score(source, folder, stage))
         outputs = [f"{name}/plan", f"{name}/merged"]
-        done = self.step(f"{name}/merge", outputs, lambda: self._merge(source, folder, merge))
+        done = self.step(f"{name}/merge", outputs, lambda: self._merge(source, folder, stage, merge))
         self.ranks = [StableRankChange.model_validate(change) for change in done["stable_ranks"]]
         return {**found, "plan_sha256": done["plan_sha256"]}
 
     def _score(self, source: Path, folder: Path, stage: Seq2SeqStage) -> Result:
         set_seed(self.recipe.seed)
         assert stage.merge is not None
-        given = batches(self.text.calibration, stage.calibration.batch_size, self.tokenizer.pad_token_id or 0)
         model = load_seq2seq(source, device=device())
-        stats = collect_stats(model, given, loss="lm", expert_outputs=stage.merge.similarity == "outputs")
+        stats = collect_stats(
+            model, self._calibration(stage), loss="lm", expert_outputs=stage.merge.similarity == "outputs"
+        )
         stats.save(folder / "stats.safetensors")
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 
-    def _merge(self, source: Path, folder: Path, merge: Merge) -> Result:
+    def _calibration(self, stage: Seq2SeqStage) -> list[dict[str, Tensor]]:
+        return batches(self.text.calibration, stage.calibration.batch_size, self.tokenizer.pad_token_id or 0)
+
+    def _merge(self, source: Path, folder: Path, stage: Seq2SeqStage, merge: Merge) -> Result:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a merged model that is no more
-        model, stats = load_seq2seq(source), ExpertStats.load(folder / "stats.safetensors")
+        model: Any = load_seq2seq(source)
+        stats = ExpertStats.load(folder / "stats.safetensors")
         before = stable_ranks(model)
         plan: CompressionPlan = plan_merge(
             model, stats, merge.num_experts, counts=merge.counts, similarity=merge.similarity, grouping=merge.grouping,
             seed=self.recipe.seed,
         )  # fmt: skip
+        if stage.calibration.reconstruct:
+            plan = reconstruct(model.to(device()), self._calibration(stage), plan)
+            model.to("cpu")
         plan.save(folder / "plan")
         merged = share_merged(model, plan)
         changes = compare_stable_ranks(before, stable_ranks(merged))

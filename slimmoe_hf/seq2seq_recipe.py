@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.factorization import RANK
 from slimmoe_hf.merging import GROUPINGS, SIMILARITIES
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, settings_of, suggestion
@@ -109,10 +110,12 @@ class PairCalibration(Strict):
     Attributes:
         tokens: Tokens of the pairs that are swept, prompts and completions. They are set aside from training.
         batch_size: Pairs at a time; the scores do not depend on it.
+        reconstruct: Solve the output projections of merged experts anew, on the same pairs.
     """
 
     tokens: Count = 32768
     batch_size: Count = 16
+    reconstruct: bool = RECONSTRUCT
 
 
 class Seq2SeqStage(Strict):

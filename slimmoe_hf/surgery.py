@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimmoe_hf.blends import Blend
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import ExpertLayout, LayerView, family_of, layer_views, set_shape, shape_of
+from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.plan import CompressionPlan
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -56,10 +57,11 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
 
 
 def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
-    """Raise ValueError unless the plan starts from this model's family and sizes."""
+    """Raise ValueError unless the plan starts from this model's family and sizes, and from its weights if it carries any."""
     refuse_own_form(model)
     plan.refuse_adaptive()
     plan.check_fits(model.config)
+    refuse_foreign_repairs(model, plan)
     have = {view.index for view in layer_views(model) if view.experts is not None}
     if missing := (set(plan.neurons) | set(plan.experts)) - have:
         raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
@@ -67,6 +69,14 @@ def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     for kind, layers in everywhere.items():
         if plan.kept[kind] and (left := layers - plan.kept[kind].keys()):
             raise ValueError(f"the plan drops no {kind} in layers {sorted(left)}; all need the same number.")
+
+
+def refuse_foreign_repairs(model: PreTrainedModel, plan: CompressionPlan) -> None:
+    """Raise ValueError if the plan carries weights that were solved for those of another model."""
+    if plan.repairs.tensors() and plan.meta.fingerprint not in (None, model_fingerprint(model)):
+        raise ValueError(
+            "the plan carries output projections that were solved anew for a model with other weights. Reconstruct this one's."
+        )
 
 
 def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:

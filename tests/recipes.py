@@ -61,7 +61,11 @@ def tiny_pairs_recipe(folder: Path) -> dict[str, Any]:
         "model": str(folder / "teacher"),
         "data": {"source": str(folder / "pairs.jsonl"), "max_source_length": 64, "max_target_length": 24},
         "stages": [
-            {"merge": {"num_experts": 2}, "calibration": {"tokens": 1024}, "distillation": {**training, **loss}},
+            {
+                "merge": {"num_experts": 2},
+                "calibration": {"tokens": 1024, "reconstruct": True},
+                "distillation": {**training, **loss},
+            },
             {"factor": {"rank": 8, "density": 0.1}, "distillation": {**training, **loss}},
         ],
         "evaluation": {"tokens": 512, "max_new_tokens": 6},

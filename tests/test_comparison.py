@@ -51,13 +51,14 @@ def tiny_grid(folder: Path) -> Values:
             {"equal": "total", "expert_share": 0.5, "methods": [
                 {"name": "narrow", "target": {"expert_width": 16}, "criterion": "taylor"},
                 {"name": "drop", "target": {"num_experts": 2}, "criterion": "random"},
-                {"name": "merge", "merge": {"num_experts": 2}},
+                {"name": "merge", "merge": {"num_experts": 2}, "reconstruct": True},
                 {"name": "factor", "factor": {"rank": 8, "density": 0.06}},
                 {"name": "scratch", "target": {"expert_width": 16}, "from_scratch": True},
                 {"name": "stages", "target": {"expert_width": 16}, "criterion": "energy", "stages": 2},
             ]},
             {"equal": "active", "expert_share": 0.5, "methods": [
                 {"name": "the same", "target": {"expert_width": 16}, "criterion": "taylor"},
+                {"name": "repaired", "target": {"expert_width": 16}, "criterion": "taylor", "reconstruct": True},
             ]},
         ],
     }  # fmt: skip
@@ -105,6 +106,9 @@ def test_every_method_is_measured_before_and_after_recovery_at_its_size(finished
             )  # a density makes no whole number of rows
             assert len(row.before.values) == len(row.after.values) == 2 and all(v > 0 for v in row.after.values)
     narrow, *_, stages = found.tables[0].rows
+    repaired = found.tables[1].rows[1]
+    for plain, other in zip(narrow.before.values, repaired.before.values, strict=True):
+        assert other != plain and abs(other - plain) < 1, "the same cut, reconstructed"
     assert narrow.points == found.tables[1].rows[0].points  # one point, two tables
     assert narrow.before.values[0] != narrow.before.values[1]  # another sample of calibration text
     assert stages.points != narrow.points
@@ -414,6 +418,10 @@ def many_stages(values: Values) -> None:
     values["tables"][0]["methods"][5]["stages"] = 3
 
 
+def nothing_to_repair(values: Values) -> None:
+    values["tables"][0]["methods"][4]["reconstruct"] = True
+
+
 def wide_loss(values: Values) -> None:
     values["recovery"]["beta"] = 0.5
 
@@ -434,6 +442,7 @@ REFUSED = [
     (twice, "tables.0.methods: two methods are named 'narrow'"),
     (rank, "(factor): rank=12 does not fit", "multiple of 8"),
     (many_stages, "(stages): 3 stages of 2 steps in all"),
+    (nothing_to_repair, "methods.4: scratch: neither cuts nor merges, so leave reconstruct out"),
     (wide_loss, "recovery: beta=0.5 looks at every token"),
     (no_text, "text.jsonlx: no such file or folder"),
 ]

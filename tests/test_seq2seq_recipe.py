@@ -22,11 +22,13 @@ from slimmoe_hf.cli import main
 from slimmoe_hf.data import load_splits
 from slimmoe_hf.factored_checkpoint import load_factored
 from slimmoe_hf.factorization import sparse_density
+from slimmoe_hf.families import moe_layers
 from slimmoe_hf.generation_evaluation import evaluate_generation
 from slimmoe_hf.loading import load_tokenizer, weights_sha256
 from slimmoe_hf.machines import MACHINES
 from slimmoe_hf.outlook import check_room
 from slimmoe_hf.pipeline import run_recipe
+from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import load_any_recipe, load_recipe, parse_any_recipe
 from slimmoe_hf.report import Report
 from slimmoe_hf.seq2seq_models import count_pairs_model, load_seq2seq, measure_pairs
@@ -293,6 +295,17 @@ def test_other_commands_say_that_the_run_is_not_for_them(
     assert main([command, *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
+
+
+def test_merged_experts_are_the_reconstructed_ones(home: Path, report: Report):
+    plan = CompressionPlan.load(home / "run" / "stage-1" / "plan")
+    assert plan.meta.repairing is not None and plan.meta.repairing.data_sha256 == plan.meta.data_sha256
+    merged = load_seq2seq(home / "run" / "stage-1" / "merged")
+    layers = {layer: experts for layer, experts, _ in moe_layers(merged)}
+    assert plan.repairs.down_proj.keys() == plan.blends.keys()
+    for layer, down_EDF in plan.repairs.down_proj.items():
+        for expert, owner in enumerate(plan.blends[layer].owner.tolist()):
+            assert torch.equal(layers[layer][f"expert_{expert}"].wo.weight, down_EDF[owner])
 
 
 def test_stable_ranks_of_the_merged_layers_are_drawn(home: Path, report: Report, tmp_path: Path):
