@@ -4,7 +4,8 @@
 
 A second one has many small experts, as Qwen3-MoE and OLMoE do; the benchmarks measure on both:
 
-    python examples/teacher/train_teacher.py --family qwen3_moe --epochs 4 --output examples/teacher/many-experts
+    python examples/teacher/train_teacher.py --family qwen3_moe --epochs 3 --balance-steps 0 \\
+        --output examples/teacher/many-experts
 
 An ordinary Trainer run; start it again after an interruption and it continues from the last checkpoint.
 """
@@ -133,7 +134,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
-    parser.add_argument("--balance-steps", type=int, default=250)
+    parser.add_argument(
+        "--balance-steps", type=int, default=250, help="of the second run; 0 balances all along instead"
+    )
     parser.add_argument("--max-steps", type=int, default=-1)
     args = parser.parse_args()
     set_seed(0)
@@ -148,13 +151,22 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters")
     main_run = arguments(args.work, num_train_epochs=args.epochs, max_steps=args.max_steps,
                          learning_rate=args.learning_rate, warmup_steps=200)  # fmt: skip
-    seconds, history = train_once(ResumableTrainer, model, main_run, train, held_out, tokenizer)
-
     # transformers' load-balancing loss adds up the layers before it compares experts: an expert that starves in one layer
-    # and is overfed in another looks well. A short run with the loss taken layer by layer brings the starving ones back.
-    model.router_aux_loss_coef = 0.0
-    balancing_run = arguments(args.work / "balance", max_steps=args.balance_steps, learning_rate=5e-4, warmup_steps=20)
-    more_seconds, more_history = train_once(BalancingTrainer, model, balancing_run, train, held_out, tokenizer)
+    # and is overfed in another looks well. A short run with the loss taken layer by layer brings the starving ones back,
+    # of a few large experts; of many small ones some are dead by then, so those are balanced so from the start.
+    all_along = args.balance_steps == 0
+    if all_along:
+        model.router_aux_loss_coef = 0.0
+    main_trainer = BalancingTrainer if all_along else ResumableTrainer
+    seconds, history = train_once(main_trainer, model, main_run, train, held_out, tokenizer)
+    more_history: list[dict[str, float]] = []
+    if not all_along:
+        model.router_aux_loss_coef = 0.0
+        balancing_run = arguments(
+            args.work / "balance", max_steps=args.balance_steps, learning_rate=5e-4, warmup_steps=20
+        )
+        more_seconds, more_history = train_once(BalancingTrainer, model, balancing_run, train, held_out, tokenizer)
+        seconds += more_seconds
 
     model.config.output_router_logits = False
     model.config.use_cache = True
@@ -162,7 +174,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     training = {
         "train_tokens": len(train) * args.max_length,
-        "seconds": seconds + more_seconds,
+        "seconds": seconds,
         "threads": torch.get_num_threads(),
         "history": history,
         "balancing_history": more_history,

@@ -1,4 +1,4 @@
-"""Measure the teacher as it lies on disk and write its card.
+"""Measure a teacher as it lies on disk and write its card.
 
 python examples/teacher/write_card.py --model examples/teacher/model --work teacher-run
 """
@@ -15,12 +15,25 @@ from slimmoe_hf.evaluation import count_parameters, held_out, measure_loss
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.loading import load_model, load_tokenizer, weight_bytes
 
-TEXT = """
-# A small PhiMoE to slim
+INTRODUCTIONS = {
+    "phimoe": """# A small PhiMoE to slim
 
 The teacher of the quickstart: a native `PhimoeForCausalLM` ({total:,} parameters, {active:,} active) with Phi-3.5-MoE's
-traits in small: sparsemixer top-2 routing over {experts} experts of width {width}, {heads} query heads in {groups} key/value
-groups, biases, LayerNorm, untied embeddings. It knows nothing but US presidential messages, and it is not for use: it is
+traits in small: sparsemixer top-{top_k} routing over {experts} experts of width {width}, {heads} query heads in
+{groups} key/value groups, biases, LayerNorm, untied embeddings.""",
+    "qwen3_moe": """# A small Qwen3-MoE to slim
+
+The second teacher of the benchmarks, with many small experts: a native `Qwen3MoeForCausalLM` ({total:,} parameters,
+{active:,} active), top-{top_k} of {experts} experts of width {width}, {heads} query heads in {groups} key/value groups, norms of
+queries and keys head by head, untied embeddings.""",
+}
+COMMANDS = {
+    "phimoe": "python examples/teacher/train_teacher.py --output examples/teacher/model",
+    "qwen3_moe": "python examples/teacher/train_teacher.py --family qwen3_moe --epochs 3 --balance-steps 0 \\\n"
+    "    --output examples/teacher/many-experts",
+}
+TEXT = """
+{introduction} It knows nothing but US presidential messages, and it is not for use: it is
 small enough to be slimmed, distilled and measured in minutes on a laptop.
 
 ## How it was made
@@ -29,8 +42,8 @@ small enough to be slimmed, distilled and measured in minutes on a laptop.
 {command}
 ```
 
-{steps:,} steps of 4,096 tokens ({epochs:g} passes over {train_tokens:,} tokens), then {balance:,} steps with the load-balancing
-loss taken layer by layer, in {minutes:.0f} minutes on {threads} thread of {machine}. Trained in float32, saved in bfloat16.
+{steps:,} steps of 4,096 tokens ({epochs:g} passes over {train_tokens:,} tokens), {balancing},
+in {minutes:.0f} minutes on {threads} thread of {machine}. Trained in float32, saved in bfloat16.
 
 ## Measured
 
@@ -75,11 +88,19 @@ def main() -> None:
     shape, (total, active) = shape_of(model.config), count_parameters(model)
     load = torch.tensor(sweep.router_load) / shape.num_experts  # of the test split, as shares
     steps = training["history"][-1]["step"]
-    text = TEXT.format(
+    more = training["balancing_history"]
+    balancing = "all of them with the load-balancing loss taken layer by layer"
+    if more:
+        balancing = f"then {more[-1]['step']:,} steps with the load-balancing loss taken layer by layer"
+    family = model.config.model_type
+    introduction = INTRODUCTIONS[family].format(
         total=total, active=active, experts=shape.num_experts, width=shape.expert_width, heads=shape.query_heads,
-        groups=shape.kv_groups, command="python examples/teacher/train_teacher.py --output examples/teacher/model",
+        groups=shape.kv_groups, top_k=shape.top_k,
+    )  # fmt: skip
+    text = TEXT.format(
+        introduction=introduction, command=COMMANDS[family],
         steps=steps, epochs=training["history"][-1]["epoch"], train_tokens=training["train_tokens"],
-        minutes=training["seconds"] / 60, balance=training["balancing_history"][-1]["step"],
+        minutes=training["seconds"] / 60, balancing=balancing,
         threads=training["threads"], machine=args.machine, length=args.max_length,
         losses="\n".join(rows), even=1 / shape.num_experts,
         least=load.min().item(), heads_row=" | ".join(f"expert {e}" for e in range(shape.num_experts)),
@@ -88,7 +109,7 @@ def main() -> None:
     )  # fmt: skip
     data_card = ModelCardData(
         language="en", license="apache-2.0", library_name="transformers", pipeline_tag="text-generation",
-        tags=["moe", "phimoe", "slimmoe"], model_name="phimoe-sotu-6m",
+        tags=["moe", family, "slimmoe"], model_name=f"{family.replace('_', '-')}-sotu-6m",
     )  # fmt: skip
     ModelCard(f"---\n{data_card.to_yaml()}\n---\n{text}").save(args.model / "README.md")
     measured = {"losses": losses, "expert_load": load.tolist(), "bytes": weight_bytes(args.model), **training}
