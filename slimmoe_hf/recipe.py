@@ -27,7 +27,7 @@ from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.plan import Target
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
-from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
+from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe, Seq2SeqStage
 from slimmoe_hf.yaml_files import read_yaml
 
 # What a stage's `distillation` may not set, because the recipe says it elsewhere or the pipeline decides it.
@@ -264,6 +264,18 @@ def load_any_recipe(path: str | Path) -> Recipe | Seq2SeqRecipe:
     return (
         recipe.resolved(path.parent) if isinstance(recipe, Seq2SeqRecipe) else resolved(recipe, path.parent, str(path))
     )
+
+
+def reconstructing(recipe: Recipe | Seq2SeqRecipe, asked: bool) -> Recipe | Seq2SeqRecipe:
+    """The same, with or without reconstruction in all stages that cut or merge."""
+
+    def changed(stage: Stage | Seq2SeqStage) -> Stage | Seq2SeqStage:
+        if isinstance(stage, Seq2SeqStage) and stage.merge is None:
+            return stage
+        calibration = stage.calibration.model_copy(update={"reconstruct": asked})
+        return stage.model_copy(update={"calibration": calibration})
+
+    return recipe.model_copy(update={"stages": [changed(stage) for stage in recipe.stages]})
 
 
 def _read(path: Path) -> Any:

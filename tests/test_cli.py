@@ -120,7 +120,7 @@ def test_flags_are_a_visible_decision():
             "--model", "--teacher-cache", "--beta", "--temperature", "--loss-top-k", "--distillation-weight",
             "--crossentropy-weight",
         } | training,
-        "run": common | output | {"--dry-run", "--machine"},
+        "run": common | output | {"--dry-run", "--machine", "--reconstruct", "--no-reconstruct"},
         "compare": common | {"--output", "--overwrite", "--dry-run", "--json"},
         "eval": common | data | teacher | output | {
             "--batch-size", "--json", "--tasks", "--task-path", "--num-fewshot", "--limit",

@@ -22,12 +22,14 @@ from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, load_documents
+from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.evaluation import held_out, measure_loss
 from slimmoe_hf.families import layer_views, moe_layers
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model, load_tokenizer, weights_sha256
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.recipe import parse_any_recipe, reconstructing
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.surgery import apply_plan
@@ -83,7 +85,9 @@ def test_a_layer_run_alone_hears_what_it_hears_in_the_whole_model(variant, tmp_p
 READS = [[EMBEDDINGS, 0, 1], [0, 1], [1]]
 
 
-@pytest.mark.parametrize("stopped", range(3))
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_stopped_anywhere_a_streamed_repair_continues_there(stopped: int, tmp_path: Path, monkeypatch):
     path = save_tiny(tmp_path / "model")
     plan = whole_plan(load_model(path))
@@ -136,6 +140,7 @@ def _cut(folder: Path) -> None:
     folder.with_name(f"run-{trainer.args.process_index}").write_text(model_sha256(trainer.model))
 
 
+@pytest.mark.slow  # two processes
 def test_two_processes_solve_the_same_and_what_one_alone_would(tmp_path: Path):
     """Equal to each other to the last bit; to one alone but for the order of sums."""
     assert in_two_processes(_cut, tmp_path / "run") == [0, 0]
@@ -214,6 +219,26 @@ def test_repaired_weights_are_written_over_no_other_model(tmp_path: Path):
         slim_checkpoint(sibling, repaired, tmp_path / "slimmed", other_weights=True)
     assert not list(tmp_path.glob("*slimmed*"))
     apply_plan(load_model(save_tiny(tmp_path / "own"), "bfloat16"), repaired)
+
+
+def test_a_flag_of_run_wins_over_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    values = tiny_recipe(tmp_path)
+    values["stages"][0]["calibration"]["reconstruct"] = True
+    recipe = str(write_recipe(tmp_path, values))
+    for flags, stages in ((["--reconstruct"], [1, 2]), ([], [1]), (["--no-reconstruct"], [])):
+        capsys.readouterr()
+        assert cli.main(["run", recipe, "--dry-run", *flags]) == 0
+        said = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "solved anew" in line]
+        assert said == [f"stage-{number}/plan" for number in stages]
+    pairs = parse_any_recipe({
+        "task": "seq2seq", "model": "m", "data": {"source": "d"},
+        "stages": [{"merge": {"num_experts": 2}}, {"factor": {}}],
+    }, "r")  # fmt: skip
+    changed = reconstructing(pairs, True)
+    assert [stage.calibration.reconstruct for stage in changed.stages] == [True, RECONSTRUCT]
+    assert parse_any_recipe(changed.model_dump(exclude_unset=True) | {"task": "seq2seq"}, "r") == changed
 
 
 def _kill_in_repair(recipe: Path) -> None:
