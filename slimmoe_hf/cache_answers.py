@@ -24,7 +24,8 @@ from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_format import KINDS, TOP_K, CacheSpec, Kind, text_key, texts_of, unfinished, vocabulary_sha256
 from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes
 from slimmoe_hf.families import refuse_encoder_decoder
-from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
+from slimmoe_hf.loading import load_config, load_model, weights_sha256
+from slimmoe_hf.sources import fetch_weights, open_source
 from slimmoe_hf.streamed_answers import StreamedAnswers
 
 _AHEAD = 16
@@ -95,7 +96,10 @@ def write_cache(
         name, sha256 = str(teacher.config._name_or_path or "a model given in Python"), None
         asked: Answers | StreamedAnswers = Answers(teacher.eval(), kind)
     else:
-        path, name = find_checkpoint(str(teacher), revision), str(teacher)
+        source, name = open_source(str(teacher), revision), str(teacher)
+        with state.local_main_process_first():
+            [path] = fetch_weights(source)
+        revision = source.revision or revision
         sha256 = broadcast_object_list([weights_sha256(path) if state.is_main_process else None])[0]
         work = folder.with_name(f"{folder.name}.stream-{state.process_index:03d}") if stream else None
         asked = _loaded(path, kind, dtype, device or state.device, work, stream_memory)

@@ -16,8 +16,10 @@ from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_writer import processes
 from slimmoe_hf.command_inputs import output_path, print_json, require, say, size_of, training_rows
 from slimmoe_hf.data import load_documents, tokenize
-from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer, verify_checkpoint
+from slimmoe_hf.families import family_of, refuse_encoder_decoder
+from slimmoe_hf.loading import load_config, load_tokenizer, verify_checkpoint
 from slimmoe_hf.preflight import check_vocabulary
+from slimmoe_hf.sources import fetch_weights, open_source
 
 _DATA = ("data", "data_revision", "split", "max_length", "packing", "tokens", "seed")
 
@@ -42,12 +44,17 @@ def _write(args: argparse.Namespace, teacher: str) -> None:
         raise ValueError("--stream-memory says how much passes from layer to layer together: it goes with --stream.")
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
-    path = find_checkpoint(teacher, args.revision)
-    verify_checkpoint(path, finite=not args.stream)  # streamed weights are looked through when they are read
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(load_config(path), tokenizer, path)
+    source = open_source(teacher, args.revision)
+    config, tokenizer = load_config(source.folder), load_tokenizer(source.folder)
+    if args.stream:
+        refuse_encoder_decoder(config, "a teacher cache")
+        family_of(config)
+    check_vocabulary(config, tokenizer, source.folder)
+    rows = _rows(args, tokenizer)
+    for path in fetch_weights(source):
+        verify_checkpoint(path, finite=not args.stream)  # streamed weights are looked through when they are read
     done = write_cache(
-        teacher, _rows(args, tokenizer), output, tokenizer=tokenizer, revision=args.revision, kind=args.kind,
+        teacher, rows, output, tokenizer=tokenizer, revision=source.revision or args.revision, kind=args.kind,
         top_k=args.top_k, temperatures=args.temperature, vocab_size=args.vocab_size, batch_size=args.batch_size,
         dtype=args.dtype, shard_bytes=size, data={name: vars(args)[name] for name in _DATA}, overwrite=args.overwrite,
         stream=args.stream, stream_memory=None if args.stream_memory is None else size_of(args, "stream_memory"),

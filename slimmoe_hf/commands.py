@@ -157,7 +157,7 @@ def slim(args: argparse.Namespace) -> None:
     elif args.data is None:
         raise ValueError("slim needs --plan, or --data and a size, such as --expert-width (see slimmoe slim --help)")
     else:
-        validate_target(load_config(find_checkpoint(args.model, args.revision)), target)
+        validate_target(load_config(find_checkpoint(args.model, args.revision, weights=False)), target)
         check_criteria(args.criterion, args.expert_criterion, **target.asks)
         chosen = planned(args, output, target)
     slim_checkpoint(

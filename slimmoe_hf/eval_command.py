@@ -22,7 +22,7 @@ from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
 from slimmoe_hf.preflight import check_teacher, device, dtype_name
 from slimmoe_hf.recipe import Recipe, parse_recipe
-from slimmoe_hf.report import Report, aligned, readme, task_rows
+from slimmoe_hf.report import Report, aligned, readme, speed, task_rows
 from slimmoe_hf.rundir import LOCK, RECIPE, REPORT, STEPS
 from slimmoe_hf.yaml_files import read_yaml
 
@@ -196,7 +196,7 @@ def _described(values: dict[str, Any], found: Measurement) -> list[tuple[str, st
     ]
     if found.agreement is not None:
         rows.append(("agreement", f"{found.agreement:.4f} of the teacher's likeliest tokens are the model's"))
-    rows.append(("forward", f"{found.tokens_per_second:,.0f} tokens/s"))
+    rows.append(("forward", f"{speed(found)} tokens/s"))
     if found.prefill_tokens_per_second is not None and found.decode_tokens_per_second is not None:
         rows.append(("prefill", f"{found.prefill_tokens_per_second:,.0f} tokens/s of one prompt of {prompt}"))
         rows.append(("decode", f"{found.decode_tokens_per_second:,.0f} tokens/s, {NEW_TOKENS} tokens after it"))

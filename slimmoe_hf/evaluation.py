@@ -70,7 +70,7 @@ class Sweep:
 
     Attributes:
         loss: Mean nats per predicted token.
-        tokens_per_second: Median over the batches of a forward pass.
+        tokens_per_second: Median over the batches of a forward pass; None where one layer at a time was in memory.
         agreement: Share of positions where the teacher's likeliest token is the model's too; None without a teacher.
         router_layers: Which decoder layers have experts.
         router_load: Tokens that each expert was given, `[L, E]`, as multiples of an even load; empty for families that
@@ -78,7 +78,7 @@ class Sweep:
     """
 
     loss: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     agreement: float | None
     router_layers: list[int]
     router_load: list[list[float]]
@@ -91,12 +91,12 @@ class Measurement(BaseModel):
         total_parameters: All weights. active_parameters: Those a token meets: K of E experts, everything else whole.
         bytes: Size of the weight files. weights_sha256: Hash of their contents.
         loss: Mean nats per predicted token. bits_per_byte: See `HeldOut.bits_per_byte`.
-        tokens_per_second: Median over the batches of a forward pass.
+        tokens_per_second, router_layers, router_load: See `Sweep`.
         agreement: Share of positions where the teacher's likeliest token is the model's too; None without a teacher.
-        router_layers, router_load: See `Sweep`.
         prefill_tokens_per_second, decode_tokens_per_second: One row: a held-out prompt of at most `PROMPT` tokens, and
             `NEW_TOKENS` after it. peak_memory: Bytes that this takes, weights included. See `Speed`.
         samples: Greedy continuations.
+        streamed: One decoder layer at a time was in memory, so there is no speed and no sample.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,7 +106,7 @@ class Measurement(BaseModel):
     bytes: int
     loss: float
     bits_per_byte: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     agreement: float | None = None
     weights_sha256: str
     samples: list[str] = []
@@ -115,6 +115,7 @@ class Measurement(BaseModel):
     peak_memory: int | None = None
     router_layers: list[int] = []
     router_load: list[list[float]] = []
+    streamed: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -187,14 +188,18 @@ def measure_loss(
     predicted = rows_NT.shape[0] * (rows_NT.shape[1] - 1)
     if not math.isfinite(nats):
         raise ValueError("the held-out loss is not finite: the weights or their products overflow in this dtype.")
-    shares: list[list[float]] = load_shares(load.counts()).tolist() if load is not None else []
     return Sweep(
         loss=nats / predicted,
         tokens_per_second=statistics.median(speeds),
         agreement=agreed / predicted if teacher is not None else None,
         router_layers=load.layers if load is not None else [],
-        router_load=[[round(share, 4) for share in row] for row in shares],
+        router_load=rounded_load(load.counts()) if load is not None else [],
     )
+
+
+def rounded_load(counts_LE: Tensor) -> list[list[float]]:
+    """Expert load as reports have it: multiples of an even load, to four places."""
+    return [[round(share, 4) for share in row] for row in load_shares(counts_LE).tolist()]
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

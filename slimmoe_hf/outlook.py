@@ -42,6 +42,8 @@ EFFICIENCY = 0.25
 _READ, _WRITE = 1.5e9, 0.5e9  # bytes per second of a disk; assumed
 _CALIBRATED = ("/score", "/plan")  # steps that a recipe's `calibration` decides the size of
 _SHARDED = ("weights", "gradients", "optimizer", "teacher")  # what FSDP2 spreads over its processes
+TEACHER = "teacher/evaluate"
+_LESS_PASSING = {CACHE: "teacher_cache.stream_memory", TEACHER: "evaluation.tokens"}
 _GENEROUS = 0.85  # a run is refused only when this share of the estimate does not fit
 
 
@@ -106,7 +108,8 @@ class _Outlook:
                     seconds,
                 )
             )
-        found.append(self._evaluate("teacher/evaluate", outline.teacher_config))
+        teacher = (TEACHER, outline.teacher_config)
+        found.append(self._stream_loss(*teacher) if self.recipe.streams_teacher else self._evaluate(*teacher))
         if self.recipe.teacher_cache is not None:
             found.append(self._ask_teacher(self.recipe.teacher_cache))
         config = outline.config
@@ -121,7 +124,8 @@ class _Outlook:
             found.append(self._evaluate(f"stage-{number}/distilled/evaluate", after))
             config = after
         if tasks := self.recipe.evaluation.tasks:
-            found.append(Step("tasks", f"{', '.join(tasks)}, teacher and last model; time not estimated", 0, 0, 0, 0))
+            whose = "last model" if self.recipe.streams_teacher else "teacher and last model"
+            found.append(Step("tasks", f"{', '.join(tasks)}, {whose}; time not estimated", 0, 0, 0, 0))
         size = parameter_counts(config).bytes(self.dtype)
         found.append(Step("publish", "copy the last stage's model", 0, 0, size, size / _WRITE))
         return found
@@ -199,12 +203,25 @@ class _Outlook:
         return Step(f"stage-{number}/slim", what, 0, 10**9, size, max(read / _READ, 0) + size / _WRITE)
 
     def _evaluate(self, name: str, config: PreTrainedConfig) -> Step:
-        evaluation = self.recipe.evaluation
-        rows, length = evaluation.batch_size, evaluation.max_length or self.recipe.data.max_length
+        rows, length, what = self._evaluation()
         # `measure_loss` keeps all logits of a batch, and one row of them in float32.
         logits = (rows * self.computing.itemsize + 4) * length * self.outline.config.vocab_size
-        what = f"loss on {self.test_tokens:,} tokens" if self.test_tokens else "loss on the whole split"
         return self._read(name, what, config, self.test_tokens, (rows, length), "evaluation.batch_size", logits)
+
+    def _stream_loss(self, name: str, config: PreTrainedConfig) -> Step:
+        rows, length, what = self._evaluation()
+        memory = streamed_answers_memory(config, batch=rows, length=length, dtype=self.computing, stored=self.dtype)
+        passing = 2 * self.test_tokens * config.hidden_size * self.computing.itemsize
+        reading = parameter_counts(config).bytes(self.dtype) / _READ
+        seconds = max(self._seconds(2 * _active(config) * self.test_tokens), reading)
+        what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
+        return Step(name, what, *self._held(memory, on_host=False), 0, seconds, "evaluation.batch_size", passing)
+
+    def _evaluation(self) -> tuple[int, int, str]:
+        """Rows at a time, tokens of each, and what is measured."""
+        evaluation = self.recipe.evaluation
+        what = f"loss on {self.test_tokens:,} tokens" if self.test_tokens else "loss on the whole split"
+        return evaluation.batch_size, evaluation.max_length or self.recipe.data.max_length, what
 
     def _ask_teacher(self, asked: TeacherCacheSpec) -> Step:
         config, length = self.outline.teacher_config, self.recipe.data.max_length
@@ -364,8 +381,7 @@ def check_room(steps: Sequence[Step], machine: Machine, disk_free: int | None) -
     for step in steps:
         if written + step.disk + step.passing > needed:
             needed = written + step.disk + step.passing
-            passing = "teacher_cache.stream_memory" if step.name == CACHE else "calibration.tokens"
-            lower = passing if step.passing else "save_total_limit"
+            lower = _LESS_PASSING.get(step.name, "calibration.tokens") if step.passing else "save_total_limit"
         written += step.disk
     if disk_free is not None and needed * _GENEROUS > disk_free:
         raise ValueError(

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import concatenate_datasets
@@ -54,6 +55,7 @@ from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streamed_evaluation import stream_measurement
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import distil, save_checkpoint
@@ -157,7 +159,7 @@ class _Pipeline:
             source = self.folder / f"stage-{number}" / "model"
         if self.tasks is not None:
             found = self.step("tasks", [], lambda: self._put_to_tasks(self.inputs.teacher, source))
-            models[0] = _with_tasks(models[0], found["teacher"])
+            models[0] = _with_tasks(models[0], found.get("teacher", []))
             models[-1] = _with_tasks(models[-1], found["model"])
         self.step("publish", ["model"], lambda: self._publish(source))
         report = self._report(models)
@@ -186,7 +188,7 @@ class _Pipeline:
         if calibration.stream:
             other = self.inputs.teacher if asked else None
             stats = stream_stats(
-                source, given, calibration.loss, other, work=work, dtype=calibration.dtype, device=where
+                source, given, calibration.loss, other, work=work, dtype=calibration.dtype, device=where, overwrite=True
             )
         else:
             teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
@@ -246,7 +248,7 @@ class _Pipeline:
             kind=asked.kind, top_k=asked.top_k, temperatures=sorted({each.temperature for each in arguments}),
             vocab_size=load_config(self.inputs.model).vocab_size, batch_size=asked.batch_size,
             dtype=teacher_dtype(stages[0], device().type == "cpu", self.inputs.dtype), device=device(),
-            stream=asked.stream,
+            overwrite=True, stream=asked.stream,
             stream_memory=None if asked.stream_memory is None else memory_bytes(asked.stream_memory),
         )  # fmt: skip
         return {}
@@ -283,15 +285,23 @@ class _Pipeline:
 
     def _measured(self, name: str, path: Path, stage: int, step: str, origin: Result) -> ModelReport:
         evaluation = self.recipe.evaluation
-        found = self.step(
-            f"{name.replace(' ', '/')}/evaluate",
-            [],
-            lambda: evaluate_checkpoint(
-                path, self.inputs.test, self.inputs.tokenizer, batch_size=evaluation.batch_size,
-                prompts=self.inputs.prompts, max_new_tokens=evaluation.max_new_tokens, device=device(),
-                dtype=self._evaluation_dtype(),
-            ).model_dump(),
-        )  # fmt: skip
+        work = self.folder / "evaluating"
+
+        def measure() -> Result:
+            same: dict[str, Any] = {
+                "batch_size": evaluation.batch_size,
+                "device": device(),
+                "dtype": self._evaluation_dtype(),
+            }
+            if step == "teacher" and self.recipe.streams_teacher:
+                return stream_measurement(path, self.inputs.test, work=work, **same).model_dump()
+            return evaluate_checkpoint(
+                path, self.inputs.test, self.inputs.tokenizer, prompts=self.inputs.prompts,
+                max_new_tokens=evaluation.max_new_tokens, **same,
+            ).model_dump()  # fmt: skip
+
+        found = self.step(f"{name.replace(' ', '/')}/evaluate", [], measure)
+        shutil.rmtree(work, ignore_errors=True)
         named = self.recipe.teacher or self.recipe.model
         on_hub = step == "teacher" and not Path(named).exists()
         where = named if on_hub else os.path.relpath(path, self.folder)
@@ -301,7 +311,9 @@ class _Pipeline:
     def _put_to_tasks(self, teacher: Path, model: Path) -> Result:
         assert self.tasks is not None
         rows, place, dtype = self.recipe.evaluation.batch_size, device(), self._evaluation_dtype()
-        both = {"teacher": teacher, "model": model}
+        if self.recipe.streams_teacher:
+            get_console().log("the teacher streams: tasks are put to the last model alone")
+        both = {"model": model} if self.recipe.streams_teacher else {"teacher": teacher, "model": model}
         return {
             name: [result.model_dump() for result in self.tasks.run(path, rows, place, dtype)]
             for name, path in both.items()

@@ -31,6 +31,7 @@ from slimmoe_hf.plan import Target
 from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
+from slimmoe_hf.sources import fetch_weights, has_weights, open_source
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.terms import Terms
 
@@ -120,11 +121,11 @@ def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
     tokenizer = load_tokenizer(model)
     check_vocabulary(config, tokenizer, model)
     dtype = recipe.dtype or dtype_name(config)
-    remote = {recipe.model: config, **({recipe.teacher: teacher_config} if recipe.teacher else {})}
+    remote = {model: (recipe.model, config), **({teacher: (recipe.teacher, teacher_config)} if recipe.teacher else {})}
     download = sum(
         count_parameters(meta_model(each))[0] * getattr(torch, dtype_name(each)).itemsize
-        for name, each in remote.items()
-        if is_remote(name)
+        for folder, (name, each) in remote.items()
+        if is_remote(name) and not has_weights(folder)
     )
     return Outline(model, teacher, tokenizer, config, teacher_config, after, arguments, dtype, download)
 
@@ -157,8 +158,9 @@ def check(recipe: Recipe, found: Outline, text: Text) -> Inputs:
     Raises:
         ValueError: One line that says what is wrong, where, and the remedy.
     """
-    model = find_checkpoint(recipe.model, recipe.revision)
-    teacher = find_checkpoint(recipe.teacher, recipe.teacher_revision) if recipe.teacher else model
+    named = [(recipe.model, found.model), (recipe.teacher or recipe.model, found.teacher)]
+    # A snapshot's folder has the name of its commit: what was looked at is what is fetched.
+    model, teacher = fetch_weights(*(open_source(name, at.name if is_remote(name) else None) for name, at in named))
     if model != teacher:
         verify_checkpoint(model)
     check_teacher(teacher, found.config, found.tokenizer)

@@ -142,7 +142,8 @@ class TeacherCacheSpec(Strict):
         top_k: K, tokens kept of each answer.
         batch_size: Texts at a time.
         stream: Hold one decoder layer of the teacher in memory at a time, and read its checkpoint once for every group
-            of texts. It needs no memory for the rest, and a disk for what passes between the layers.
+            of texts. It needs no memory for the rest, and a disk for what passes between the layers. The teacher is
+            measured so too: its row of the report has no speed and no samples, and no benchmark task is put to it.
         stream_memory: How much of the texts passes from layer to layer together ("60GB"); twice as much as a group's
             hidden states. None is half of what is free of memory, and of the disk.
     """
@@ -228,6 +229,11 @@ class Recipe(Document):
     accelerate: str | None = None
     threads: Count | None = None
     output: str | None = None
+
+    @property
+    def streams_teacher(self) -> bool:
+        """Whether the teacher is never in memory as a whole: one that streams its answers is measured so too."""
+        return self.teacher_cache is not None and self.teacher_cache.stream
 
     @field_validator("teacher_memory")
     @classmethod

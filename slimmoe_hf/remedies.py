@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from slimmoe_hf.machines import MACHINES, Machine
-from slimmoe_hf.outlook import Shortage, Step, outlook, shortages
+from slimmoe_hf.outlook import TEACHER, Shortage, Step, outlook, shortages
 from slimmoe_hf.preflight import Text, outline
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
@@ -54,6 +54,8 @@ def _changes(recipe: Recipe, step: str) -> Iterator[Change]:
             "evaluation.batch_size: 1",
             lambda it: it.model_copy(update={"evaluation": it.evaluation.model_copy(update={"batch_size": 1})}),
         )
+    if step == TEACHER and not recipe.streams_teacher:
+        yield "teacher_cache: {stream: true}", lambda it: _cached(it, stream=True)
     if not step.startswith("stage-"):
         return
     number = int(step.removeprefix("stage-").partition("/")[0]) - 1

@@ -137,11 +137,22 @@ def _rows(report: Report) -> _Rows:
     rows = [
         (
             model.name, f"{model.total_parameters:,}", f"{model.active_parameters:,}", f"{model.bytes / 1e6:,.1f} MB",
-            f"{model.loss:.4f}", f"{model.bits_per_byte:.4f}", f"{model.tokens_per_second:,.0f}",
+            f"{model.loss:.4f}", f"{model.bits_per_byte:.4f}", speed(model),
         )
         for model in report.models
     ]  # fmt: skip
     return [headings, *rows]
+
+
+def speed(model: Measurement) -> str:
+    """Tokens per second, for people."""
+    return "-" if model.tokens_per_second is None else f"{model.tokens_per_second:,.0f}"
+
+
+def unmeasured(report: Report) -> str:
+    """Why a speed is missing; empty where none is."""
+    names = " and ".join(model.name for model in report.models if model.streamed)
+    return f"No speed of {names}: measured one decoder layer at a time." if names else ""
 
 
 def _answers(report: Report) -> _Rows:
@@ -191,6 +202,8 @@ def table(report: Report) -> Group:
     tables = [aligned(_rows(report), title)]
     if rows := _answers(report):
         tables.append(aligned(rows, f"\nanswers to {evaluation.rows:,} prompts"))
+    if why := unmeasured(report):
+        tables[0].caption, tables[0].caption_justify = why, "left"
     if rows := _tasks(report):
         tables.append(aligned(rows, "\ntasks", left=2))
     return Group(*tables)
@@ -232,7 +245,7 @@ def readme(report: Report, model: str) -> str:
     """
     lines = markdown(_rows(report))
     tasks = f"\n{markdown(rows, left=2)}\n" if (rows := _tasks(report)) else ""
-    evaluation = report.evaluation
+    evaluation, why = report.evaluation, unmeasured(report)
     return f"""# {model}, slimmed
 
 Made from `{model}` by `slimmoe run recipe.yaml` (slimmoe_hf {report.version}): cut stage by stage, each stage
@@ -241,7 +254,7 @@ distilled from the original model. The licence of `{model}` applies.
 {lines}
 
 Loss in nats per predicted token, measured on the {evaluation.split} split of `{evaluation.data}`: {evaluation.tokens:,} tokens in
-blocks of {evaluation.max_length}. `report.json` has every number, `recipe.yaml` what was run.
+blocks of {evaluation.max_length}. `report.json` has every number, `recipe.yaml` what was run.{f" {why}" if why else ""}
 {tasks}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ Shape letters: L layers with experts, E experts, K experts per token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
-from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.families import LayerView, layer_views, shape_of
 
 logger = logging.getLogger(__name__)
 COLLAPSED = 0.1
@@ -29,12 +29,13 @@ class RouterLoad:
 
     Args:
         model: Of a family in `FAMILIES`.
+        views: Of the layers that are looked at; None is all of them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        found = moe_layers(model)
-        self.layers = [index for index, _, _ in found]
-        self.routers: list[Any] = [router for _, _, router in found]
+    def __init__(self, model: PreTrainedModel, views: Sequence[LayerView] | None = None) -> None:
+        found = [view for view in (layer_views(model) if views is None else views) if view.router is not None]
+        self.layers = [view.index for view in found]
+        self.routers: list[Any] = [view.router for view in found]
         self._experts = shape_of(model.config).num_experts  # a router's weight may be in parts
         self._counts: list[Tensor | None] = [None] * len(found)
 

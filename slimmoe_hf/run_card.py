@@ -22,7 +22,7 @@ from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import Base, is_hub_id
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import Recipe, Stage
-from slimmoe_hf.report import ModelReport, Report
+from slimmoe_hf.report import ModelReport, Report, speed
 from slimmoe_hf.routing import COLLAPSED, collapsed_experts
 
 _PICTURES = "Made by `slimmoe plot` from what the run left; `report.json` and `plans/` hold the numbers behind them."
@@ -193,7 +193,7 @@ def _before_and_after(facts: RunFacts) -> str:
         rows.append([
             f"**{name}** (this one)" if model is models[-1] else name, f"{model.total_parameters:,}",
             f"{model.active_parameters:,}", _megabytes(model.bytes), f"{model.loss:.4f}", f"{model.perplexity:.1f}",
-            f"{model.bits_per_byte:.4f}", f"{model.tokens_per_second:,.0f}",
+            f"{model.bits_per_byte:.4f}", speed(model),
         ])  # fmt: skip
     text = (
         f"Loss is in nats per predicted token, over {evaluation.tokens:,} tokens of the {evaluation.split} split of "
@@ -201,6 +201,8 @@ def _before_and_after(facts: RunFacts) -> str:
         f"in {evaluation.dtype} on each checkpoint as reloaded from disk; nothing was trained on that split or chosen by it. "
         "Tokens per second are of a forward pass on the machine of the run: compare them with each other only."
     )
+    if facts.original.streamed:
+        text += f" The {facts.compared} was measured one decoder layer at a time, which gives no speed."
     return f"{card.table(rows)}\n\n{text}"
 
 

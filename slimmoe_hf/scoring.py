@@ -15,11 +15,12 @@ from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.command_inputs import open_checkpoint, read_documents
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
 from slimmoe_hf.defaults import reconstructs
-from slimmoe_hf.families import refuse_encoder_decoder
+from slimmoe_hf.families import family_of, refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import check_teacher, device
 from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.sources import fetch_weights, open_source
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
@@ -116,17 +117,29 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None, Iterable[dict[
     """The checkpoint, that of the teacher where another one is asked, and batches of calibration text."""
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
-    # Streamed weights are looked through when they are read.
-    if args.stream:
-        refuse_encoder_decoder(load_config(find_checkpoint(args.model, args.revision)), "--stream")
-    path, tokenizer = open_checkpoint(args.model, args.revision, finite=not args.stream, encoder_decoder=True)
-    teacher = None
+    texts = read_documents(args)
+    named = {"model": (args.model, args.revision)}
     if args.teacher is not None and args.loss == "kd_topk":
-        teacher = find_checkpoint(args.teacher, args.teacher_revision)
+        named["teacher"] = (args.teacher, args.teacher_revision)
+    # Streamed weights are looked through when they are read.
+    found = _fetched(named) if args.stream else {name: find_checkpoint(*each) for name, each in named.items()}
+    path, tokenizer = open_checkpoint(str(found["model"]), None, finite=not args.stream, encoder_decoder=True)
+    teacher = found.get("teacher")
+    if teacher is not None:
         check_teacher(teacher, load_config(path), tokenizer, finite=not args.stream)
-    documents, _ = take_apart(read_documents(args), args.tokens, tokenizer, args.seed)
+    documents, _ = take_apart(texts, args.tokens, tokenizer, args.seed)
     if load_config(path).is_encoder_decoder:
         rows = take_rows(tokenize_pairs(documents, tokenizer, args.max_length), args.tokens, ("input_ids", "labels"))
     else:
         rows = take_rows(tokenize(documents, tokenizer, args.max_length, args.packing), args.tokens)
     return path, teacher, batches(rows, args.batch_size, tokenizer.pad_token_id or 0)
+
+
+def _fetched(named: dict[str, tuple[str, str | None]]) -> dict[str, Path]:
+    """Folders of checkpoints that can be streamed, by what they are for; those of Hub ids are downloaded shard by shard."""
+    sources = [open_source(*each) for each in named.values()]
+    for source in sources:
+        config = load_config(source.folder)
+        refuse_encoder_decoder(config, "--stream")
+        family_of(config)
+    return dict(zip(named, fetch_weights(*sources), strict=True))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+import psutil
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError  # type: ignore[attr-defined]
+from rich import get_console
 
 from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
@@ -91,6 +94,19 @@ class HubSource:
             for name, tensor in metadata.tensors.items()
         }
 
+    def missing(self) -> dict[str, int]:
+        """Weight files that are not in the Hub's cache, and their sizes, from their headers.
+
+        Raises:
+            ValueError: As `stored`.
+        """
+        if has_weights(self.folder):
+            return {}
+        sizes = Counter[str]()
+        for tensor in self.stored().values():
+            sizes[tensor.file] += tensor.bytes
+        return {file: size for file, size in sorted(sizes.items()) if not (self.folder / file).is_file()}
+
     def fetch(self, file: str) -> Path:
         """Download a weight file, if it is not here yet; the folder in which it lies.
 
@@ -139,3 +155,43 @@ def open_source(model: str, revision: str | None = None, shards: Path | None = N
         if shards is not None:
             raise
         return LocalSource(find_checkpoint(model, revision))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all weight files of a checkpoint are in its folder."""
+    try:
+        return bool(weight_files(folder))
+    except ValueError:
+        return False
+
+
+def fetch_weights(*sources: LocalSource | HubSource) -> list[Path]:
+    """Bring checkpoints here that are to be read more than once: from the Hub into its cache, a shard after the other.
+
+    Says first how much that is. A shard that is here is not fetched again, so a killed call continues.
+
+    Returns:
+        Their folders.
+
+    Raises:
+        ValueError: As `HubSource.stored` and `HubSource.fetch`; or the disk of the cache has no room for what is missing.
+    """
+    wanted = {(source.name, source.revision): source for source in sources if isinstance(source, HubSource)}
+    missing = {key: source.missing() for key, source in wanted.items()}
+    needed, cache = sum(sum(sizes.values()) for sizes in missing.values()), Path(constants.HF_HUB_CACHE).absolute()
+    free = psutil.disk_usage(str(next(place for place in (cache, *cache.parents) if place.is_dir()))).free
+    if needed > free:
+        raise ValueError(
+            f"{cache}: {' and '.join(name for name, _ in wanted)} take {needed / 1e9:,.1f} GB more there, and the disk has "
+            f"{free / 1e9:,.1f} GB free. Free some, or set HF_HOME to a place on a larger disk."
+        )
+    for (name, commit), sizes in missing.items():
+        if sizes:
+            get_console().log(
+                f"{name} at {commit}: {sum(sizes.values()) / 1e9:,.2f} GB to download, {len(sizes)} files one after the other, "
+                f"to {cache}; killed, the same command continues",
+                markup=False,
+            )
+        for file in sizes:
+            wanted[name, commit].fetch(file)
+    return [source.folder for source in sources]

@@ -33,12 +33,11 @@ from slimmoe_hf.calibration import (
     stack_layers,
     stored_config,
 )
-from slimmoe_hf.loading import weight_files
 from slimmoe_hf.pace import Pace
 from slimmoe_hf.stats import ExpertStats, StatsMeta
 from slimmoe_hf.streamed_teacher import Kept, ask_teacher, predicted
 from slimmoe_hf.taps import Batch, LayerSums, Sweep, tapped
-from slimmoe_hf.walk import Walk, WalkFolder
+from slimmoe_hf.walk import Walk, WalkFolder, weights_state
 
 
 def stream_stats(
@@ -83,8 +82,8 @@ def stream_stats(
     seen = _seen(given)
     blocks = Blocks(path, kind, torch.device(device))
     request = {
-        "weights": _state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
-        "device": blocks.device.type, "teacher": None if teacher is None else _state(teacher),
+        "weights": weights_state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
+        "device": blocks.device.type, "teacher": None if teacher is None else weights_state(teacher),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk, kept = Walk(blocks, given, folder.path / "layers"), None
@@ -119,11 +118,6 @@ def _seen(batches: list[dict[str, Tensor]]) -> Seen:
         seen.add(batch, sweep)
     seen.require_tokens()
     return seen
-
-
-def _state(path: Path) -> list[list[str | int]]:
-    """Which weights these are, without reading them."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(path)]
 
 
 def _digest(batch: Batch) -> str:

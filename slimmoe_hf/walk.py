@@ -25,10 +25,16 @@ from torch import Tensor
 from slimmoe_hf.atomic import PARTIAL, flush_entry, write_text
 from slimmoe_hf.blocks import EMBEDDINGS, REST, Blocks
 from slimmoe_hf.identity import combined
+from slimmoe_hf.loading import weight_files
 from slimmoe_hf.pace import Pace
 
 Batch = Mapping[str, Tensor]
 _REQUEST, _LOCK = "request.json", ".lock"
+
+
+def weights_state(path: Path) -> list[list[str | int]]:
+    """Which weights the checkpoint in a folder has, without reading them."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(path)]
 
 
 class WalkFolder:

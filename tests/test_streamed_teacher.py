@@ -13,12 +13,15 @@ import torch
 from recipes import tiny_recipe
 from runs import in_child
 from streams import packed, scoring, stopping, text, worst
-from tiny import decoder_only, save_tiny, write_text
+from tiny import decoder_only, save_tiny, tiny_tokenizer, write_text
+from transformers import PreTrainedModel
 
 from slimmoe_hf import cli, pipeline, run_recipe, streamed_teacher
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD
 from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.data import load_splits
+from slimmoe_hf.evaluation import evaluate_checkpoint, held_out
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.rundir import CACHE
@@ -139,11 +142,24 @@ def test_a_killed_command_continues_with_overwrite_too_and_says_how_long_it_take
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.safetensors", "whole.safetensors"]
 
 
+def forbid_loading(monkeypatch: pytest.MonkeyPatch, path: Path) -> list[str]:
+    """Whoever loads the model in a folder whole is stopped; the others that are loaded."""
+    real, loaded = PreTrainedModel.from_pretrained.__func__, []
+
+    def watched(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        assert Path(name).resolve() != path.resolve(), "the teacher is loaded whole"
+        loaded.append(str(name))
+        return real(cls, name, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
+    return loaded
+
+
 @pytest.mark.slow  # a whole run
 def test_a_recipe_may_stream_every_stage_and_its_teachers_answers(
     tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    """The line of the Phi recipes: after the teacher's own evaluation it is in memory no more."""
+    """The line of the Phi recipes: the teacher is never in memory as a whole, and its row of the report is there."""
     values = tiny_recipe(tmp_path)
     values["teacher_cache"] = {"top_k": 16, "stream": True, "stream_memory": "100MB"}
     values["evaluation"] = {"tokens": 200, "max_new_tokens": 1}
@@ -151,15 +167,25 @@ def test_a_recipe_may_stream_every_stage_and_its_teachers_answers(
         stage |= {"calibration": {"tokens": 512, "stream": True}, "distillation": {"max_steps": 1}}
     monkeypatch.setattr(pipeline, "collect_stats", None)
     monkeypatch.setattr(pipeline, "load_model", None)
+    loaded = forbid_loading(monkeypatch, Path(values["model"]))
     report = run_recipe(parse_recipe(values, "recipe"))
-    assert report is not None and [model.step for model in report.models] == ["teacher", *["slimmed", "distilled"] * 2]
+    assert len(set(loaded)) >= 4, "the students are loaded whole, by the function that is watched"
+    assert report is not None and report.models[0].streamed and not any(model.streamed for model in report.models[1:])
+    monkeypatch.undo()
+    text = held_out(load_splits(values["data"]["source"])["test"], tiny_tokenizer(), 64, 200)
+    whole = evaluate_checkpoint(Path(values["model"]), text, tiny_tokenizer())
+    assert report.models[0].loss == pytest.approx(whole.loss, rel=1e-5)
+    assert report.models[0].router_load == whole.router_load and report.models[0].tokens_per_second is None
+    for said in ("README.md", "model/README.md"):
+        assert "measured one decoder layer at a time" in (tmp_path / "run" / said).read_text(), said
+    assert [model.step for model in report.models] == ["teacher", *["slimmed", "distilled"] * 2]
     stats = [ExpertStats.load(tmp_path / "run" / f"stage-{number}" / "stats.safetensors").meta for number in (1, 2)]
     assert [meta.loss for meta in stats] == ["kd_topk"] * 2
     assert [meta.teacher_sha256 for meta in stats] == [None, stats[0].model_sha256]
     assert TeacherCache.open(tmp_path / "run" / CACHE).spec.top_k == 16
     assert not [file for file in (tmp_path / "run").rglob("*") if "stream" in file.name or "scoring" in file.name]
-    of_teacher = [HEAD, *WHOLE[0]]
-    assert read[:5] == of_teacher and len(read) == 5 + len(WHOLE[1]) + len(WHOLE[0]) + len(WHOLE[1])
+    of_teacher = [*WHOLE[0], HEAD, *WHOLE[0]]
+    assert read[:9] == of_teacher and len(read) == 9 + len(WHOLE[1]) + len(WHOLE[0]) + len(WHOLE[1])
 
 
 @pytest.mark.parametrize(
