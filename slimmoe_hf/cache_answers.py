@@ -24,9 +24,9 @@ from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.cache_format import KINDS, TOP_K, CacheSpec, Kind, text_key, texts_of, unfinished, vocabulary_sha256
 from slimmoe_hf.cache_writer import SHARD_BYTES, CacheWriter, processes
 from slimmoe_hf.families import refuse_encoder_decoder
-from slimmoe_hf.loading import load_config, load_model, weights_sha256
+from slimmoe_hf.loading import files_sha256, load_config, load_model, weights_sha256
 from slimmoe_hf.sources import fetch_weights, open_source
-from slimmoe_hf.streamed_answers import StreamedAnswers
+from slimmoe_hf.streamed_answers import StreamedAnswers, known_sha256
 
 _AHEAD = 16
 """Batches that are read ahead and sorted by length, so that little is padded (our choice)."""
@@ -93,18 +93,19 @@ def write_cache(
     was_training = isinstance(teacher, PreTrainedModel) and teacher.training
     if isinstance(teacher, PreTrainedModel):
         assert not stream, "a model that is given is in memory"
-        name, sha256 = str(teacher.config._name_or_path or "a model given in Python"), None
+        name, sha256, config = str(teacher.config._name_or_path or "a model given in Python"), None, None
         asked: Answers | StreamedAnswers = Answers(teacher.eval(), kind)
     else:
         source, name = open_source(str(teacher), revision), str(teacher)
         with state.local_main_process_first():
             [path] = fetch_weights(source)
         revision = source.revision or revision
-        sha256 = broadcast_object_list([weights_sha256(path) if state.is_main_process else None])[0]
         work = folder.with_name(f"{folder.name}.stream-{state.process_index:03d}") if stream else None
+        own = None if not state.is_main_process else weights_sha256(path) if work is None else known_sha256(path, work)
+        sha256, config = broadcast_object_list([own])[0], files_sha256([path / "config.json"])
         asked = _loaded(path, kind, dtype, device or state.device, work, stream_memory)
     spec = _spec(asked, kind, top_k, temperatures, vocab_size).model_copy(update={
-        "teacher": name, "revision": revision, "weights_sha256": sha256, "data": dict(data or {}),
+        "teacher": name, "revision": revision, "weights_sha256": sha256, "config_sha256": config, "data": dict(data or {}),
         "tokenizer_sha256": vocabulary_sha256(tokenizer),
     })  # fmt: skip
     total = _count(rows)

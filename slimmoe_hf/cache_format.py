@@ -51,7 +51,8 @@ class CacheSpec(BaseModel):
 
     Attributes:
         teacher: As it was named. revision: Commit of one on the Hub.
-        weights_sha256: Hash of its weight files; None where the teacher was given as a model.
+        weights_sha256, config_sha256: Hashes of its weight files and its config.json; None where the teacher was given as
+            a model.
         fingerprint: `identity.model_fingerprint` of its weights; None where it cannot be taken.
         tokenizer_sha256: `vocabulary_sha256`.
         vocab_size: V, ids that the answers are over.
@@ -68,6 +69,7 @@ class CacheSpec(BaseModel):
     teacher: str
     revision: str | None = None
     weights_sha256: str | None = None
+    config_sha256: str | None = None
     fingerprint: str | None = None
     tokenizer_sha256: str
     vocab_size: int = Field(gt=1)

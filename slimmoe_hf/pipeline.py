@@ -59,6 +59,10 @@ from slimmoe_hf.streamed_evaluation import stream_measurement
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import distil, save_checkpoint
+from slimmoe_hf.walk import discard
+
+_SCORING, _REPAIRING, _EVALUATING = "scoring", "reconstructing", "evaluating"
+"""Folders for what passes between the layers of a model that streams; they go when what they were for is recorded."""
 
 
 def run_recipe(
@@ -174,6 +178,8 @@ class _Pipeline:
             **self.step(f"{name}/score", [f"{name}/stats.safetensors"], lambda: self._score(source, folder, stage)),
             **self.step(f"{name}/plan", [f"{name}/plan"], lambda: self._plan(source, folder, stage)),
         }
+        discard(folder / _SCORING)
+        discard(folder / _REPAIRING)
         self.step(f"{name}/slim", [f"{name}/slimmed"], lambda: self._slim(source, folder))
         slimmed = self._measured(f"{name} slimmed", folder / "slimmed", number, "slimmed", origin)
         self.step(f"{name}/distil", [f"{name}/model"], lambda: self._distil(number, folder))
@@ -184,7 +190,7 @@ class _Pipeline:
         calibration = stage.calibration
         asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
         given, where = self._calibration(calibration)
-        work = folder / "scoring"
+        work = folder / _SCORING
         if calibration.stream:
             other = self.inputs.teacher if asked else None
             stats = stream_stats(
@@ -195,17 +201,14 @@ class _Pipeline:
             model = load_model(source, calibration.dtype, where, whole=True)
             stats = collect_stats(model, given, loss=calibration.loss, teacher=teacher)
         stats.save(folder / "stats.safetensors")
-        shutil.rmtree(work, ignore_errors=True)
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 
     def _plan(self, source: Path, folder: Path, stage: Stage) -> Result:
         stats = ExpertStats.load(folder / "stats.safetensors")
         plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed, stage.expert_criterion)
-        work = folder / "reconstructing"
         if stage.calibration.reconstruct:
-            plan = self._reconstruct(source, plan, stage.calibration, work)
+            plan = self._reconstruct(source, plan, stage.calibration, folder / _REPAIRING)
         plan.save(folder / "plan")
-        shutil.rmtree(work, ignore_errors=True)
         return {"plan_sha256": plan.sha256}
 
     def _reconstruct(
@@ -285,7 +288,7 @@ class _Pipeline:
 
     def _measured(self, name: str, path: Path, stage: int, step: str, origin: Result) -> ModelReport:
         evaluation = self.recipe.evaluation
-        work = self.folder / "evaluating"
+        work = self.folder / _EVALUATING
 
         def measure() -> Result:
             same: dict[str, Any] = {
@@ -301,7 +304,7 @@ class _Pipeline:
             ).model_dump()  # fmt: skip
 
         found = self.step(f"{name.replace(' ', '/')}/evaluate", [], measure)
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
         named = self.recipe.teacher or self.recipe.model
         on_hub = step == "teacher" and not Path(named).exists()
         where = named if on_hub else os.path.relpath(path, self.folder)

@@ -232,7 +232,7 @@ class Recipe(Document):
 
     @property
     def streams_teacher(self) -> bool:
-        """Whether the teacher is never in memory as a whole: one that streams its answers is measured so too."""
+        """Whether the teacher's answers come a layer at a time: then it is measured so too."""
         return self.teacher_cache is not None and self.teacher_cache.stream
 
     @field_validator("teacher_memory")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from slimmoe_hf.sources import fetch_weights, open_source
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
+from slimmoe_hf.walk import discard
 
 
 def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
@@ -97,8 +97,8 @@ def scored_model(
 def remove_work(args: argparse.Namespace, output: Path) -> None:
     """Take away what a streamed sweep kept to continue; nothing where there was none."""
     if args.stream:
-        shutil.rmtree(_work(output), ignore_errors=True)
-        shutil.rmtree(_repairs(output), ignore_errors=True)
+        discard(_work(output))
+        discard(_repairs(output))
 
 
 def _work(output: Path) -> Path:

@@ -9,6 +9,7 @@ import psutil
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError  # type: ignore[attr-defined]
 from rich import get_console
+from rich.progress import track
 
 from slimmoe_hf.loading import find_checkpoint, weight_files
 from slimmoe_hf.shards import Stored, read_header
@@ -192,6 +193,6 @@ def fetch_weights(*sources: LocalSource | HubSource) -> list[Path]:
                 f"to {cache}; killed, the same command continues",
                 markup=False,
             )
-        for file in sizes:
+        for file in track(sizes, "Downloading", disable=not get_console().is_terminal, transient=True):
             wanted[name, commit].fetch(file)
     return [source.folder for source in sources]

@@ -9,6 +9,7 @@ Shape letters: B texts at a time, T tokens of the longest, D model width.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,13 +25,22 @@ from slimmoe_hf.blocks import HEAD, Blocks
 from slimmoe_hf.cache_format import CacheSpec, Kind, text_key
 from slimmoe_hf.cache_writer import CacheWriter, processes
 from slimmoe_hf.free_memory import free_memory
-from slimmoe_hf.loading import weight_bytes
+from slimmoe_hf.loading import weight_bytes, weights_sha256
 from slimmoe_hf.pace import Pace
-from slimmoe_hf.walk import Walk
+from slimmoe_hf.walk import Walk, model_state
 
 GROUP_SHARE = 0.5
 """Of free memory, and of the free disk, that the hidden states of a group may take where nobody says."""
-_GROUP = "tokens-in-a-group"
+_GROUP, _HASH = "tokens-in-a-group", "weights.json"
+
+
+def known_sha256(path: Path, work: Path) -> str:
+    """`loading.weights_sha256` of a checkpoint, which a killed call has left in its folder: nothing is read for it then."""
+    if (work / _HASH).exists():
+        noted = json.loads((work / _HASH).read_text())
+        if noted["model"] == model_state(path):
+            return str(noted["sha256"])
+    return weights_sha256(path)
 
 
 class StreamedAnswers:
@@ -103,6 +113,10 @@ class StreamedAnswers:
         """
         fresh = True
         self._work.mkdir(parents=True, exist_ok=True)
+        if any(self._work.iterdir()) and not any((self._work / name).exists() for name in (_GROUP, _HASH)):
+            raise ValueError(f"{self._work}: holds files that slimmoe did not write. Give another --output.")
+        noted = {"model": model_state(self._path), "sha256": spec.weights_sha256}
+        write_text(self._work / _HASH, json.dumps(noted))
         write_text(self._work / _GROUP, str(self.tokens))
         for group in _groups(batches, self.tokens):
             if all(writer.holds(ids) for texts in group for ids in texts):
@@ -114,6 +128,8 @@ class StreamedAnswers:
                 yield texts, None if held else self._at_head(texts, spec, hidden_BTD)
             writer.flush()
             fresh = False
+        for place in filter(Path.is_dir, self._work.iterdir()):  # first: the notes say whose folder it is
+            shutil.rmtree(place)
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _walk(self, group: list[Texts], spec: CacheSpec, fresh: bool) -> Iterator[tuple[int, Tensor]]:
@@ -132,7 +148,9 @@ class StreamedAnswers:
 
     def _place(self, group: list[Texts], spec: CacheSpec) -> Path:
         """Where the hidden states of a group lie; those of any other one are taken away."""
-        digest = hashlib.sha256(f"{spec.weights_sha256} {self.dtype} {self.blocks.device.type}".encode())
+        digest = hashlib.sha256(
+            f"{spec.weights_sha256} {spec.config_sha256} {self.dtype} {self.blocks.device.type}".encode()
+        )
         for texts in group:
             digest.update(b"".join(map(text_key, texts)) + b"|")
         place = self._work / digest.hexdigest()[:16]

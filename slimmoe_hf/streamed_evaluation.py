@@ -28,7 +28,7 @@ from slimmoe_hf.loading import load_config, weight_bytes, weights_sha256
 from slimmoe_hf.pace import Pace
 from slimmoe_hf.routing import RouterLoad
 from slimmoe_hf.streamed_teacher import predicted
-from slimmoe_hf.walk import Walk, WalkFolder, weights_state
+from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
 
 def stream_loss(
@@ -64,7 +64,7 @@ def stream_loss(
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     blocks = Blocks(path, kind, torch.device(device))
     request = {
-        "weights": weights_state(path), "text": hashlib.sha256(rows_NT.numpy().tobytes()).hexdigest(),
+        "model": model_state(path), "text": hashlib.sha256(rows_NT.numpy().tobytes()).hexdigest(),
         "rows": list(rows_NT.shape), "batch_size": batch_size, "dtype": str(kind), "device": blocks.device.type,
     }  # fmt: skip
     with WalkFolder(work, request, overwrite=True) as folder:

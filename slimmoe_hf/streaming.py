@@ -37,7 +37,7 @@ from slimmoe_hf.pace import Pace
 from slimmoe_hf.stats import ExpertStats, StatsMeta
 from slimmoe_hf.streamed_teacher import Kept, ask_teacher, predicted
 from slimmoe_hf.taps import Batch, LayerSums, Sweep, tapped
-from slimmoe_hf.walk import Walk, WalkFolder, weights_state
+from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
 
 def stream_stats(
@@ -82,8 +82,8 @@ def stream_stats(
     seen = _seen(given)
     blocks = Blocks(path, kind, torch.device(device))
     request = {
-        "weights": weights_state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
-        "device": blocks.device.type, "teacher": None if teacher is None else weights_state(teacher),
+        "model": model_state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
+        "device": blocks.device.type, "teacher": None if teacher is None else model_state(teacher),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk, kept = Walk(blocks, given, folder.path / "layers"), None

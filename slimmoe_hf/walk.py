@@ -25,16 +25,17 @@ from torch import Tensor
 from slimmoe_hf.atomic import PARTIAL, flush_entry, write_text
 from slimmoe_hf.blocks import EMBEDDINGS, REST, Blocks
 from slimmoe_hf.identity import combined
-from slimmoe_hf.loading import weight_files
+from slimmoe_hf.loading import files_sha256, weight_files
 from slimmoe_hf.pace import Pace
 
 Batch = Mapping[str, Tensor]
-_REQUEST, _LOCK = "request.json", ".lock"
+_REQUEST, _SPENT, _LOCK = "request.json", "spent", ".lock"
 
 
-def weights_state(path: Path) -> list[list[str | int]]:
-    """Which weights the checkpoint in a folder has, without reading them."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(path)]
+def model_state(path: Path) -> list[Any]:
+    """Which model the checkpoint in a folder is, its weights not read, as JSON has it."""
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weight_files(path)]
+    return [*weights, files_sha256([path / "config.json"])]
 
 
 class WalkFolder:
@@ -61,7 +62,7 @@ class WalkFolder:
         strange = [
             entry.name for entry in folder.iterdir() if entry.name.removeprefix(PARTIAL) not in (_REQUEST, _LOCK)
         ]
-        if strange and not (folder / _REQUEST).exists():
+        if strange and not _is_ours(folder):
             self._lock.release()
             raise ValueError(f"{folder}: holds files that slimmoe did not write ({strange[0]}). Give another --output.")
         asked = json.loads(json.dumps(request))
@@ -78,6 +79,7 @@ class WalkFolder:
             )
         _empty(folder)
         write_text(file, json.dumps(asked))
+        (folder / _SPENT).unlink(missing_ok=True)
 
     def __enter__(self) -> WalkFolder:
         return self
@@ -86,9 +88,23 @@ class WalkFolder:
         self._lock.release()
 
 
+def discard(folder: Path) -> None:
+    """Take the folder of a walk away, if it is one."""
+    if _is_ours(folder):
+        _empty(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (_REQUEST, _SPENT))
+
+
 def _empty(folder: Path) -> None:
+    """Leave nothing of a walk; killed on the way, what is left is continued by no request, and known for ours."""
+    if (folder / _REQUEST).exists():
+        (folder / _REQUEST).replace(folder / _SPENT)
     for entry in folder.iterdir():
-        if entry.name != _LOCK:
+        if entry.name not in (_LOCK, _SPENT):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

@@ -70,10 +70,10 @@ def stopping(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     monkeypatch.setattr(Walk, "write", write)
 
 
-def one_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def one_error(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
     """The one line that a command ends with; give it the fixture `as_loud_as_before`."""
     capsys.readouterr()
-    assert cli.main(list(argv)) == 2
+    assert cli.main(list(argv)) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]

@@ -9,16 +9,25 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_client import environment, serving
+import rich
+from hub_client import environment, serving, use_here
 from recipes import tiny_recipe, write_recipe
+from streams import one_error, worst
 from test_checkpoint import same_tensors, saved
-from tiny import tiny_batch, tiny_model
+from tiny import tiny_batch, tiny_model, write_text
+from transformers import PreTrainedModel
 
+from slimmoe_hf import cli, sources
+from slimmoe_hf.cache import TeacherCache
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.preflight import check, outline, read_text
+from slimmoe_hf.recipe import parse_recipe
+from slimmoe_hf.stats import ExpertStats
 
 SLIM = "import sys; from slimmoe_hf.cli import main; sys.exit(main())"
 # Dies in the middle: as the fourth shard of the output is begun.
@@ -148,3 +157,61 @@ def test_a_hub_that_does_not_answer_is_one_line(slim):
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: someone/tiny-moe: the Hub did not give it")
+
+
+@pytest.mark.slow  # a Hub of its own, and six sweeps
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_a_hub_model_is_streamed_from_shards_that_come_once_one_by_one(
+    hub: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Stopped while it downloads; a cache reads what the scores have read; `main` moves on, the old commit stays."""
+    root, endpoint = hub
+    saved(root / "someone" / "moving", tiny_model("phimoe"))
+    use_here(monkeypatch, endpoint, tmp_path / "home")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    (root / "requests.log").write_text("")
+    text = ["--data", str(write_text(tmp_path / "text.jsonl")), "--max-length", "64", "--tokens", "512", "--stream"]
+    score = ["score", "someone/moving", *text, "--output", str(tmp_path / "stats.safetensors")]
+    with monkeypatch.context() as patch:
+        patch.setattr("slimmoe_hf.sources.psutil.disk_usage", lambda path: type("", (), {"free": 1000}))
+        assert "someone/moving take 0.0 GB more there, and the disk has 0.0 GB free" in one_error(capsys, *score)
+    assert not downloads(root)
+    real = sources.hf_hub_download
+
+    def third(name: str, file: str, **more: Any) -> str:
+        if downloads(root).total() == 2:
+            raise KeyboardInterrupt
+        return real(name, file, **more)
+
+    commit = sources.HubSource("someone/moving", None).revision
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "hf_hub_download", third)
+        assert "interrupted; the same command continues" in one_error(capsys, *score, code=130)
+    shards = sorted(file.name for file in (root / "someone" / "moving").glob("*.safetensors"))
+    assert sorted(downloads(root)) == shards[:2], "in order, and nothing beside them"
+    capsys.readouterr()
+    rich.reconfigure(width=400)
+    assert cli.main(score) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"someone/moving at {commit}: 0.00 GB to download, {len(shards) - 2} files one after the other" in said
+    assert cli.main(["cache", "write", "someone/moving", *text, "--output", str(tmp_path / "answers")]) == 0
+    assert downloads(root) == Counter(shards), "each once"
+    local = str(root / "someone" / "moving")
+    assert cli.main(["score", local, *text, "--output", str(tmp_path / "local.safetensors")]) == 0
+    both = [ExpertStats.load(tmp_path / f"{name}.safetensors") for name in ("stats", "local")]
+    assert both[0].sha256 == both[1].sha256 and worst(*both) == 0
+    assert TeacherCache.open(tmp_path / "answers").spec.revision == commit
+
+    saved(root / "someone" / "moving", tiny_model("phimoe", seed=1))
+    again = [*score[:-1], str(tmp_path / "pinned.safetensors"), "--revision", str(commit)]
+    assert cli.main([*score, "--overwrite"]) == 0 and "to download" in "".join(capsys.readouterr())
+    assert ExpertStats.load(tmp_path / "stats.safetensors").meta.model_sha256 != both[0].meta.model_sha256
+    recipe = parse_recipe({**tiny_recipe(tmp_path), "model": "someone/moving"}, "recipe")
+    found = outline(recipe)
+    assert found.download == 0, "all of it is in the cache"
+    saved(root / "someone" / "moving", tiny_model("phimoe", seed=2))
+    inputs = check(recipe, found, read_text(recipe, found.tokenizer))
+    assert inputs.model == inputs.teacher == found.model, "what was looked at first, whatever main is by now"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(again) == 0
+    assert ExpertStats.load(tmp_path / "pinned.safetensors").sha256 == both[0].sha256

@@ -16,7 +16,7 @@ from slimmoe_hf import machines
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.machines import MACHINES, Machine
 from slimmoe_hf.memory import training_memory
-from slimmoe_hf.outlook import Step, check_room, optimizer_of, outlook, shown_steps
+from slimmoe_hf.outlook import TEACHER, Step, check_room, optimizer_of, outlook, shown_steps
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import Outline, outline, read_text
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, parse_recipe
@@ -133,12 +133,19 @@ def test_a_streamed_sweep_against_a_teacher_holds_a_layer_of_either(tmp_path: Pa
 def test_a_streamed_teacher_cache_needs_a_layer_and_a_disk(tmp_path: Path):
     recipe = parse_recipe(tiny_recipe(tmp_path), "recipe.yaml")
 
-    def asked(machine: Machine, **settings: object) -> Step:
+    def asked(machine: Machine, name: str = CACHE, **settings: object) -> Step:
         cached = recipe.model_copy(update={"teacher_cache": TeacherCacheSpec(**settings)})
         found = outline(cached)
         steps = outlook(cached, found, machine, read_text(cached, found.tokenizer))
-        return next(step for step in steps if step.name == CACHE)
+        return next(step for step in steps if step.name == name)
 
+    small = dataclasses.replace(GPU, memory=30_000)  # of whose 0.85 the tiny model's 170 kB of weights are too much
+    whole, streamed = asked(small, TEACHER), asked(small, TEACHER, stream=True)
+    assert "wait on the host" in whole.what and whole.passing == 0
+    assert "a layer at a time; meanwhile 0.0 GB on the disk" in streamed.what and streamed.passing > 0
+    assert streamed.memory + streamed.host < whole.memory + whole.host
+    with pytest.raises(ValueError, match=r"lower evaluation\.tokens"):
+        check_room([dataclasses.replace(streamed, memory=0, host=0, passing=10**9)], GPU, 10**9 // 2)
     whole, streamed = asked(GPU), asked(GPU, stream=True, stream_memory="100KB")
     assert streamed.disk == whole.disk and streamed.passing == 10**5
     assert "a layer at a time, " in streamed.what and "times over its weights" in streamed.what

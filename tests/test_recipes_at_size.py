@@ -76,6 +76,8 @@ def test_a_shipped_recipe_fits_its_machine_and_its_header_says_what_the_dry_run_
     disk = int(re.search(r"disk\s+(\d+) GB", header)[1])
     hours = float(re.search(r"time\s+([\d.]+) h", header)[1])
     assert memory == round(max(step.memory for step in steps) / 1e9)
+    host = re.search(r"(\d+) GB of the host's", header)
+    assert host is None or int(host[1]) == round(max(step.host for step in steps) / 1e9)
     assert disk == round(sum(step.disk for step in steps) / 1e9)
     fetched = parameters(recipe) * 2 / 1e8  # seconds, at 100 MB/s
     assert hours == pytest.approx((sum(step.seconds for step in steps) + fetched) / 3600, rel=0.05)

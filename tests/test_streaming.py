@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ from slimmoe_hf.loading import load_model
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_answers import StreamedAnswers
 from slimmoe_hf.streaming import stream_stats
-from slimmoe_hf.walk import Walk
+from slimmoe_hf.walk import Walk, discard
 
 TEACHER = Path(__file__).parent.parent / "examples" / "teacher" / "model"
 ROWS = unequal_rows(24)
@@ -231,6 +232,84 @@ def test_another_request_is_refused_and_overwrite_begins_anew(origin: Path, tmp_
     assert worst(anew, collect_stats(load_model(origin / "model"), text()[:1], progress=False)) < 1e-5
 
 
+def changed(model: Path, folder: Path) -> Path:
+    """The same weights, to be run otherwise."""
+    shutil.copytree(model, folder, copy_function=shutil.copy2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    return folder
+
+
+def test_another_model_is_noticed_when_the_work_is_continued(origin: Path, tmp_path: Path):
+    asked = {"loss": "lm", "work": tmp_path / "work", "progress": False}
+    stream_stats(origin / "model", text(), **asked)
+    same = shutil.copytree(origin / "model", tmp_path / "same", copy_function=shutil.copy2)
+    stream_stats(same, text(), **asked)
+    os.utime(same / "model.safetensors", ns=(0, 0))
+    for other in (same, changed(origin / "model", tmp_path / "changed")):
+        with pytest.raises(ValueError, match=r"unfinished work of another request \(model differ\)"):
+            stream_stats(other, text(), **asked)
+
+
+@pytest.mark.parametrize("emptying", ["to begin anew", "to leave nothing"])
+def test_killed_while_it_takes_its_work_away_it_is_neither_stuck_nor_confused(
+    emptying: str, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    work = tmp_path / "work"
+    whole = stream_stats(origin / "model", text(), "lm", work=work, progress=False)
+
+    def half(folder: Path, *_more: Any, **_named: Any) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("slimmoe_hf.walk.shutil.rmtree", half)
+        if emptying == "to leave nothing":
+            discard(work)
+        else:
+            stream_stats(origin / "model", text(), work=work, progress=False, overwrite=True)
+    assert stream_stats(origin / "model", text(), "lm", work=work, progress=False).sha256 == whole.sha256
+    discard(work)
+    assert not work.exists()
+
+
+def _die_in_the_second_file(done: Callable[[], object], begun: list[int]) -> None:
+    """As `done` would, but for a kill in the middle of the second file that passes between layers."""
+    real = Walk.write
+
+    def write(self: Walk, kind: str, layer: int, make: Callable[[int], torch.Tensor]) -> None:
+        begun.append(layer)
+
+        def made(number: int) -> torch.Tensor:
+            if len(begun) == 2 and number == len(self.batches) - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return make(number)
+
+        real(self, kind, layer, made)
+
+    Walk.write = write  # type: ignore[method-assign]
+    done()
+
+
+@pytest.mark.slow  # a process for every file
+@pytest.mark.parametrize("what", ["scores", "answers"])
+def test_killed_in_the_middle_of_every_file_it_writes_it_ends_with_the_same(what: str, origin: Path, tmp_path: Path):
+    """One file more each time: of scores six, of answers three a group."""
+
+    def made(place: str) -> list[str]:
+        if what == "scores":
+            return [stream_stats(origin / "model", text(), work=tmp_path / place, progress=False).sha256]
+        if not (tmp_path / place).exists():
+            write(origin / "model", tmp_path / place, stream=True, stream_memory=260 * 2 * 32 * 4)
+        return shards(TeacherCache.open(tmp_path / place))
+
+    whole = made("whole")
+    files = 6 if what == "scores" else 3 * len(whole)
+    codes = [in_child(_die_in_the_second_file, lambda: made("killed"), []) for _ in range(files)]
+    assert codes == [-signal.SIGKILL] * (files - 1) + [0] and files >= 6
+    assert made("killed") == whole
+
+
 def write(model: Path, folder: Path, **more: Any) -> TeacherCache:
     return write_cache(model, ROWS, folder, tokenizer=tiny_tokenizer(), batch_size=4, **more)
 
@@ -334,6 +413,34 @@ def test_half_of_a_small_disk_is_what_a_group_takes(origin: Path, tmp_path: Path
     monkeypatch.setattr("slimmoe_hf.streamed_answers.psutil.disk_usage", lambda path: type("", (), {"free": 2_560_000}))
     asked = StreamedAnswers(**place, work=tmp_path / "work", memory=None)
     assert asked.tokens == 2_560_000 // 2 // (2 * 32 * 4)
+
+
+def test_a_continued_cache_reads_no_weights_for_their_hash_and_notices_another_model(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 2)
+        write(origin / "model", tmp_path / "answers", stream=True)
+    with pytest.raises(ValueError, match=r"unfinished cache of another request: .*config_sha256 was"):
+        write(changed(origin / "model", tmp_path / "changed"), tmp_path / "answers", stream=True)
+    touched = shutil.copytree(origin / "model", tmp_path / "touched")
+    hashed: list[Path] = []
+    real = streamed_answers.weights_sha256
+    monkeypatch.setattr(streamed_answers, "weights_sha256", lambda path: (hashed.append(path), real(path))[1])
+    monkeypatch.setattr(CacheWriter, "finish", lambda *_arguments: None)
+    write(origin / "model", tmp_path / "answers", stream=True)
+    assert not hashed and not list(tmp_path.glob("*.stream-*"))
+    write(touched, tmp_path / "others", stream=True)
+    assert hashed == [touched]
+
+
+def test_a_folder_that_only_has_the_name_of_a_caches_work_is_left_alone(origin: Path, tmp_path: Path):
+    theirs = tmp_path / "answers.stream-000" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(ValueError, match=r"answers\.stream-000: holds files that slimmoe did not write"):
+        write(origin / "model", tmp_path / "answers", stream=True, overwrite=True)
+    assert theirs.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("as_loud_as_before")
