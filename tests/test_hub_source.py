@@ -206,7 +206,8 @@ def test_a_hub_model_is_streamed_from_shards_that_come_once_one_by_one(
     again = [*score[:-1], str(tmp_path / "pinned.safetensors"), "--revision", str(commit)]
     assert cli.main([*score, "--overwrite"]) == 0 and "to download" in "".join(capsys.readouterr())
     assert ExpertStats.load(tmp_path / "stats.safetensors").meta.model_sha256 != both[0].meta.model_sha256
-    recipe = parse_recipe({**tiny_recipe(tmp_path), "model": "someone/moving"}, "recipe")
+    (tmp_path / "recipe").mkdir()
+    recipe = parse_recipe({**tiny_recipe(tmp_path / "recipe"), "model": "someone/moving"}, "recipe")
     found = outline(recipe)
     assert found.download == 0, "all of it is in the cache"
     saved(root / "someone" / "moving", tiny_model("phimoe", seed=2))

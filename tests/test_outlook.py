@@ -133,23 +133,21 @@ def test_a_streamed_sweep_against_a_teacher_holds_a_layer_of_either(tmp_path: Pa
 def test_a_streamed_teacher_cache_needs_a_layer_and_a_disk(tmp_path: Path):
     recipe = parse_recipe(tiny_recipe(tmp_path), "recipe.yaml")
 
-    def asked(machine: Machine, name: str = CACHE, **settings: object) -> Step:
+    def asked(**settings: object) -> dict[str, Step]:
         cached = recipe.model_copy(update={"teacher_cache": TeacherCacheSpec(**settings)})
         found = outline(cached)
-        steps = outlook(cached, found, machine, read_text(cached, found.tokenizer))
-        return next(step for step in steps if step.name == name)
+        return {step.name: step for step in outlook(cached, found, GPU, read_text(cached, found.tokenizer))}
 
-    small = dataclasses.replace(GPU, memory=30_000)  # of whose 0.85 the tiny model's 170 kB of weights are too much
-    whole, streamed = asked(small, TEACHER), asked(small, TEACHER, stream=True)
-    assert "wait on the host" in whole.what and whole.passing == 0
-    assert "a layer at a time; meanwhile 0.0 GB on the disk" in streamed.what and streamed.passing > 0
-    assert streamed.memory + streamed.host < whole.memory + whole.host
+    held, layered = asked(), asked(stream=True, stream_memory="100KB")
+    whole, streamed = held[TEACHER], layered[TEACHER]
+    assert "a layer at a time; meanwhile 0.0 GB on the disk" in streamed.what and "layer" not in whole.what
+    assert streamed.passing > whole.passing == 0 and streamed.host > whole.host, "the next layer is read ahead"
     with pytest.raises(ValueError, match=r"lower evaluation\.tokens"):
-        check_room([dataclasses.replace(streamed, memory=0, host=0, passing=10**9)], GPU, 10**9 // 2)
-    whole, streamed = asked(GPU), asked(GPU, stream=True, stream_memory="100KB")
+        check_room([dataclasses.replace(streamed, passing=10**9)], GPU, 10**9 // 2)
+    whole, streamed = held[CACHE], layered[CACHE]
     assert streamed.disk == whole.disk and streamed.passing == 10**5
     assert "a layer at a time, " in streamed.what and "times over its weights" in streamed.what
-    assert asked(GPU, stream=True).passing == 0, "it takes what the disk has"
+    assert asked(stream=True)[CACHE].passing == 0, "it takes what the disk has"
     large = dataclasses.replace(streamed, passing=10**9)
     with pytest.raises(ValueError, match=r"0\.5 GB are free on the disk\. .* lower teacher_cache\.stream_memory"):
         check_room([large], GPU, 10**9 // 2)
