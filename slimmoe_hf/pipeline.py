@@ -34,7 +34,7 @@ from slimmoe_hf.launch import FOLDER, HISTORY, Handover, launch, processes_of
 from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import load_config, load_model, weights_sha256
 from slimmoe_hf.machines import MACHINES, require_machine, this_machine
-from slimmoe_hf.outlook import check_room, outlook, shown_steps
+from slimmoe_hf.outlook import outlook
 from slimmoe_hf.plan import CompressionPlan, make_plan
 from slimmoe_hf.preflight import (
     Inputs,
@@ -55,6 +55,7 @@ from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.steps import check_room, shown_steps
 from slimmoe_hf.streamed_evaluation import stream_measurement
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from slimmoe_hf.machines import MACHINES, Machine
-from slimmoe_hf.outlook import TEACHER, Shortage, Step, outlook, shortages
+from slimmoe_hf.outlook import outlook
 from slimmoe_hf.preflight import Text, outline
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
+from slimmoe_hf.steps import TEACHER, Shortage, Step, shortages
 
 Change = tuple[str, Callable[[Recipe], Recipe]]
 

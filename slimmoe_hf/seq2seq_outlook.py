@@ -9,10 +9,12 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import Seq2SeqDistillationConfig
-from slimmoe_hf.outlook import EFFICIENCY, Machine, Step, optimizer_of
+from slimmoe_hf.machines import Machine
+from slimmoe_hf.outlook import EFFICIENCY, optimizer_of
 from slimmoe_hf.preflight import is_remote
 from slimmoe_hf.seq2seq_preflight import PairOutline, PairText
 from slimmoe_hf.seq2seq_recipe import Factor, Seq2SeqRecipe, Seq2SeqStage
+from slimmoe_hf.steps import Step
 
 _STATES = {"adamw": 8, "adamw_8bit": 2}
 """Bytes that an optimizer holds of a parameter; next to none of the others."""

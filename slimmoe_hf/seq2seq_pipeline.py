@@ -27,7 +27,6 @@ from slimmoe_hf.loading import find_checkpoint, weights_sha256
 from slimmoe_hf.machines import MACHINES, this_machine
 from slimmoe_hf.merged_forms import share_merged
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.outlook import check_room, shown_steps
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.preflight import device, free_disk, is_remote
 from slimmoe_hf.progress import TrainingProgress
@@ -48,6 +47,7 @@ from slimmoe_hf.seq2seq_preflight import (
 from slimmoe_hf.seq2seq_recipe import Factor, Merge, Seq2SeqRecipe, Seq2SeqStage
 from slimmoe_hf.sparsity import SparsityCallback
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.steps import check_room, shown_steps
 from slimmoe_hf.student_training import train_on
 
 

@@ -16,12 +16,13 @@ from slimmoe_hf import machines
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.machines import MACHINES, Machine
 from slimmoe_hf.memory import training_memory
-from slimmoe_hf.outlook import TEACHER, Step, check_room, optimizer_of, outlook, shown_steps
+from slimmoe_hf.outlook import optimizer_of, outlook
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import Outline, outline, read_text
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, parse_recipe
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.rundir import CACHE
+from slimmoe_hf.steps import TEACHER, Step, check_room, shown_steps
 
 CPU = Machine("a CPU", 10**9, None, 1e9, 1e9)
 GPU = Machine("a GPU", 10**9, 10**10, 1e12, 1e9)

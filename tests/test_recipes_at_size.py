@@ -17,12 +17,13 @@ from slimmoe_hf.evaluation import count_parameters
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.machines import MACHINES
 from slimmoe_hf.memory import cache_bytes_per_token
-from slimmoe_hf.outlook import Step, check_room, outlook
+from slimmoe_hf.outlook import outlook
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.preflight import outline
 from slimmoe_hf.recipe import Recipe, TeacherCacheSpec, load_recipe, parse_recipe
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.shards import ShardWriter, read_header
+from slimmoe_hf.steps import Step, check_room
 from slimmoe_hf.yaml_files import read_yaml
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

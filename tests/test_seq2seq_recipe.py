@@ -26,7 +26,6 @@ from slimmoe_hf.families import moe_layers
 from slimmoe_hf.generation_evaluation import evaluate_generation
 from slimmoe_hf.loading import load_tokenizer, weights_sha256
 from slimmoe_hf.machines import MACHINES
-from slimmoe_hf.outlook import check_room
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import load_any_recipe, load_recipe, parse_any_recipe
@@ -35,6 +34,7 @@ from slimmoe_hf.seq2seq_models import count_pairs_model, load_seq2seq, measure_p
 from slimmoe_hf.seq2seq_outlook import pair_steps
 from slimmoe_hf.seq2seq_preflight import outline_pairs, pair_arguments, read_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
+from slimmoe_hf.steps import check_room
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MERGE, FACTOR = {"merge": {"num_experts": 2}}, {"factor": {"rank": 8}}
