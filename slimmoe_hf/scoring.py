@@ -19,7 +19,7 @@ from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import check_teacher, device
 from slimmoe_hf.reconstruction import reconstruct
-from slimmoe_hf.sources import fetch_weights, open_source
+from slimmoe_hf.sources import HubSource, LocalSource, fetch_weights, open_source
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
@@ -117,12 +117,17 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None, Iterable[dict[
     """The checkpoint, that of the teacher where another one is asked, and batches of calibration text."""
     if args.loss not in CALIBRATION_LOSSES:
         raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
-    texts = read_documents(args)
     named = {"model": (args.model, args.revision)}
     if args.teacher is not None and args.loss == "kd_topk":
         named["teacher"] = (args.teacher, args.teacher_revision)
+    if args.stream:  # what may be wrong with the text is known before weights are downloaded
+        sources = _streamable(named)
+        texts = read_documents(args)
+        found = dict(zip(named, fetch_weights(*sources), strict=True))
+    else:
+        found = {name: find_checkpoint(*each) for name, each in named.items()}
+        texts = read_documents(args)
     # Streamed weights are looked through when they are read.
-    found = _fetched(named) if args.stream else {name: find_checkpoint(*each) for name, each in named.items()}
     path, tokenizer = open_checkpoint(str(found["model"]), None, finite=not args.stream, encoder_decoder=True)
     teacher = found.get("teacher")
     if teacher is not None:
@@ -135,11 +140,11 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None, Iterable[dict[
     return path, teacher, batches(rows, args.batch_size, tokenizer.pad_token_id or 0)
 
 
-def _fetched(named: dict[str, tuple[str, str | None]]) -> dict[str, Path]:
-    """Folders of checkpoints that can be streamed, by what they are for; those of Hub ids are downloaded shard by shard."""
+def _streamable(named: dict[str, tuple[str, str | None]]) -> list[LocalSource | HubSource]:
+    """Checkpoints of which no weights are downloaded yet, all of families that can be streamed."""
     sources = [open_source(*each) for each in named.values()]
     for source in sources:
         config = load_config(source.folder)
         refuse_encoder_decoder(config, "--stream")
         family_of(config)
-    return dict(zip(named, fetch_weights(*sources), strict=True))
+    return sources
