@@ -127,7 +127,8 @@ def collect_stats(
             _backward(model, teacher, token_loss, batch, number, sweep)
             seen.add(batch, sweep)
     tensors = stack_layers([each.tensors() for each in sums])
-    add_up(tensors.values())
+    add_up(tensor for name, tensor in tensors.items() if name not in ExpertStats.MAXIMA)
+    _largest(tensor for name, tensor in tensors.items() if name in ExpertStats.MAXIMA)
     data_sha256 = share_seen(seen)
     seen.require_tokens()
     meta = StatsMeta(
@@ -250,6 +251,13 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     if several_processes():
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def _largest(tensors: Iterable[Tensor]) -> None:
+    """Make maxima over processes of the maxima of each, in place."""
+    if several_processes():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
 
 
 def share_seen(seen: Seen) -> str:

@@ -49,7 +49,7 @@ from slimmoe_hf.command_inputs import (
 )
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import dataset_hash, load_documents, tokenize
-from slimmoe_hf.describe import compare_plans, describe_plan
+from slimmoe_hf.describe import compare_plans, describe_plan, super_notes
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.loading import (
@@ -166,7 +166,14 @@ def slim(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.plan is None:
         remove_work(args, output)
-    say(f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified")
+    say(
+        "\n".join(
+            [
+                f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified",
+                *super_notes(chosen),
+            ]
+        )
+    )
 
 
 def distill(args: argparse.Namespace) -> None:

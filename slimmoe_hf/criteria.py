@@ -240,15 +240,21 @@ class Chosen(NamedTuple):
         return self.kept[layer].tolist() if layer in self.kept else None
 
 
-def choose(scores: Tensor, number: int, layers: Iterable[int]) -> Chosen:
+def above(scores: Tensor, first: Tensor) -> Tensor:
+    """The same scores, but those of `first`, a mask of the same shape, all lifted above the others, in their own order."""
+    return torch.where(first, scores + (scores.max() - scores.min() + 1), scores)
+
+
+def choose(scores: Tensor, number: int, layers: Iterable[int], first: Tensor | None = None) -> Chosen:
     """The `number` highest scores along the last axis, ascending; ties go to the lower index.
 
     Args:
         scores: A row, or rows, per layer.
         number: How many stay.
         layers: Their absolute indices.
+        first: Of what is marked here, nothing goes while anything else is there.
     """
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    order = torch.sort(scores if first is None else above(scores, first), dim=-1, descending=True, stable=True).indices
     best, known, layers = order[..., :number].sort(dim=-1).values, scores.clamp(min=0), list(layers)
     rows = zip(known, best, strict=True)
     shares = [(row.gather(-1, kept).sum() / row.sum().clamp(min=1e-300)).item() for row, kept in rows]

@@ -51,7 +51,26 @@ def describe_plan(plan: CompressionPlan) -> str:
         lines.append(
             f"  {unknown} {plural} that no calibration token reached: ranked by weight norms. Calibrate on more text."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {note}" for note in super_notes(plan))])
+
+
+def super_notes(plan: CompressionPlan) -> list[str]:
+    """A line on every super expert (arXiv 2507.23279) of a plan: what makes it one, and what becomes of it."""
+    before, after, notes = plan.meta.before, plan.meta.after, []
+    for layer in plan.meta.layers:
+        for expert, times in layer.super_experts.items():
+            what = "kept"
+            if layer.experts_kept is not None and expert not in layer.experts_kept:
+                what = "GOES: there are more of its kind than places"
+            elif after.expert_width < before.expert_width:
+                what = (
+                    f"kept, but narrowed to {after.expert_width} of {before.expert_width} neurons, as stock shapes ask"
+                )
+            notes.append(
+                f"layer {layer.index}, expert {expert} is a super expert, its largest output {times:g} times the median of its "
+                f"layer: {what}"
+            )
+    return notes
 
 
 def _repairing(plan: CompressionPlan) -> str:

@@ -16,6 +16,8 @@ class LayerSummary(BaseModel):
         group_score_kept: Their share of the layer's summed group score.
         experts_kept: Indices of the experts that stay; None where none is dropped.
         expert_score_kept: Their share of the layer's summed expert score.
+        super_experts: Those that the model falls apart without (`super_experts`), and how many times the median of the layer
+            their largest output is.
         experts_repaired: Share of the squared error of the cut experts' outputs that the repair takes away, on its text.
         attention_repaired: The same of the attention's output.
     """
@@ -29,5 +31,6 @@ class LayerSummary(BaseModel):
     group_score_kept: float | None = None
     experts_kept: list[int] | None = None
     expert_score_kept: float | None = None
+    super_experts: dict[int, float] = {}
     experts_repaired: float | None = None
     attention_repaired: float | None = None

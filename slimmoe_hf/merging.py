@@ -11,7 +11,7 @@ Shape letters: L layers with experts, E experts, E' the merged experts, F expert
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend, Merging
-from slimmoe_hf.criteria import choose_anywhere, expert_ranking
+from slimmoe_hf.criteria import above, choose_anywhere, expert_ranking
 from slimmoe_hf.factored import factorable, refuse_own_form
 from slimmoe_hf.families import ExpertLayout, family_of, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.super_experts import super_experts, super_experts_of
 
 Reference = Literal["dominant", "first"]
 Counts = Literal["uniform", "adaptive"]
@@ -170,6 +171,8 @@ def plan_merge(
             `first` of the layer (the paper's).
         seed: Of the similarity `random`.
 
+    A super expert (`super_experts`) stays as it is, and no other joins it, while there is a dominant one for the others.
+
     Raises:
         ValueError: As `make_plan`; an unknown name; statistics of another model, or without what the similarity needs.
     """
@@ -182,14 +185,14 @@ def plan_merge(
     if stats.meta.fingerprint not in (None, model_fingerprint(model)):
         raise ValueError("the statistics are of other weights than the model's. Score this model.")
     most_used = (_adaptive if counts == "adaptive" else _uniform)(model, stats, num_experts, seed)
-    layout = family_of(model.config).layout
+    layout, supers = family_of(model.config).layout, super_experts_of(stats)
     experts, blends = {}, {}
     for row, (layer, module, router) in enumerate(moe_layers(model)):
         if layer not in most_used.experts:
             continue
         usage_E, likeness_EE = stats.tokens_LE[row], SIMILARITIES[similarity](stats, row, module, router, layout, seed)
         dominant = most_used.experts[layer].tolist()
-        owner_E = GROUPINGS[grouping](likeness_EE, usage_E, dominant)
+        owner_E = _grouped(grouping, likeness_EE, usage_E, dominant, supers.get(layer, {}))
         experts[layer], owner_E = _leaders(owner_E, usage_E, dominant)
         blends[layer] = _blend(module, layout, owner_E, usage_E, experts[layer], reference)
     rows = dict(zip(stats.meta.layers, stats.tokens_LE, strict=True))
@@ -221,7 +224,7 @@ def _adaptive(model: PreTrainedModel, stats: ExpertStats, num_experts: int, seed
     rows = [row for row, (_, module, _) in enumerate(moe_layers(model)) if id(module) in merged]
     used_LE = stats.tokens_LE[rows] / stats.tokens_LE[rows].sum(-1, keepdim=True).clamp(min=1)
     known_LE = torch.where(stats.tokens_LE[rows] > 0, used_LE, expert_ranking(stats, "frequency")[rows])
-    kept = choose_anywhere(known_LE, num_experts)
+    kept = choose_anywhere(above(known_LE, super_experts(stats)[rows]), num_experts)
     changes = {
         "target": Target(num_experts=num_experts),
         "after": dataclasses.replace(before, num_experts=num_experts),
@@ -230,6 +233,23 @@ def _adaptive(model: PreTrainedModel, stats: ExpertStats, num_experts: int, seed
     return dataclasses.replace(
         plan, meta=plan.meta.model_copy(update=changes), experts=dict(zip(layers, kept, strict=True))
     )
+
+
+def _grouped(
+    grouping: str, likeness_EE: Tensor, usage_E: Tensor, dominant: Sequence[int], supers: Collection[int]
+) -> Tensor:
+    """The number of each expert's group; a super expert has one of its own while a dominant one is left for the others."""
+    alone = [expert for expert in dominant if expert in supers]
+    leaders = [expert for expert in dominant if expert not in supers]
+    if not alone or not leaders:
+        return GROUPINGS[grouping](likeness_EE, usage_E, dominant)
+    rest = [expert for expert in range(len(usage_E)) if expert not in alone]
+    owner_E = torch.empty(len(usage_E), dtype=torch.long)
+    owner_E[rest] = GROUPINGS[grouping](
+        likeness_EE[rest][:, rest], usage_E[rest], [rest.index(expert) for expert in leaders]
+    )
+    owner_E[alone] = torch.arange(len(leaders), len(dominant))
+    return owner_E
 
 
 def _leaders(owner_E: Tensor, usage_E: Tensor, dominant: Sequence[int]) -> tuple[Tensor, Tensor]:

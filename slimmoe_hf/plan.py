@@ -29,6 +29,7 @@ from slimmoe_hf.families import Shape, family_of, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
 from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.super_experts import super_experts, super_experts_of
 
 VERSION = 1
 ALIGNMENT = 8
@@ -338,7 +339,8 @@ def make_plan(
 
     Every layer keeps its own best `num_experts` experts and `kv_groups` groups, every one of those experts its own best
     `expert_width` neurons; ties go to the lower index. An expert that no calibration token reached is unknown, not
-    worthless: it stays only where all known ones do, and its neurons are ranked by weight norms.
+    worthless: it stays only where all known ones do, and its neurons are ranked by weight norms. A super expert
+    (`super_experts`) goes after all others, whatever the criterion says, and is named in the plan.
 
     Args:
         stats: From `collect_stats` or `ExpertStats.load`.
@@ -356,18 +358,20 @@ def make_plan(
     layers = stats.meta.layers
     experts = neurons = groups = Chosen({}, {})
     if after.num_experts < before.num_experts:
-        experts = choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers)
+        experts = choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers, super_experts(stats))
     if after.expert_width < before.expert_width:
         scores_LEF = of_kept_experts(ranking(stats, criterion, seed).neurons_LEF, layers, experts.kept)
         neurons = choose(scores_LEF, after.expert_width, layers)
     if after.kv_groups < before.kv_groups:
         groups = choose(ranking(stats, criterion, seed).groups_AG, after.kv_groups, range(before.layers))
     unknown = dict(zip(layers, (stats.tokens_LE == 0).sum(-1).tolist(), strict=True))
+    supers = super_experts_of(stats)
     summaries = [
         LayerSummary(
             index=layer, neuron_score_kept=neurons.shares.get(layer), unknown_experts=unknown.get(layer, 0),
             groups_kept=groups.listed(layer), group_score_kept=groups.shares.get(layer),
             experts_kept=experts.listed(layer), expert_score_kept=experts.shares.get(layer),
+            super_experts=supers.get(layer, {}),
         )
         for layer in range(before.layers)
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from slimmoe_hf.families import Shape, family_of, moe_layers, shape_of
 from slimmoe_hf.losses import forward_kl
 from slimmoe_hf.memory import Memory, meta_model, phases_of
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.taps import BLOCK
 
 _COPIES = 6
 """Tensors of a chunk's logits that the loss and its gradient hold together, or a teacher's answers (measured on a CPU)."""
@@ -179,7 +180,7 @@ def _parts(config: PreTrainedConfig) -> tuple[int, int, int]:
 def _sums(config: PreTrainedConfig) -> int:
     """Bytes of a layer's statistics while they are taken."""
     shape = shape_of(config)
-    return shape.num_experts * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 3 + shape.num_experts) * 8
+    return shape.num_experts * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 4 + shape.num_experts) * 8
 
 
 def _taps(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
@@ -190,9 +191,10 @@ def _taps(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype)
 
 
 def _recording(config: PreTrainedConfig, batch: int, length: int) -> int:
-    """Bytes while a tap records: activation, gradient, their product and one of its squares, in float32."""
+    """Bytes while a tap records: activation and gradient, and of a block their product and one of its squares, in float32."""
     shape = shape_of(config)
-    return 4 * batch * length * shape.top_k * shape.expert_width * 4
+    activations = batch * length * shape.top_k * shape.expert_width
+    return 2 * (activations + min(activations, BLOCK)) * 4
 
 
 def _score(model: Any, ids: Tensor, _other: Any) -> None:

@@ -65,6 +65,8 @@ class ExpertStats:
         probability_LE: Sum over all tokens of the router's probability of an expert (the softmax of its logits).
         gated_norm_LE: Sum over routed tokens of w times the norm of the expert's output. These two are None in files
             from before experts were scored.
+        output_max_LE: Largest absolute value of an expert's output over routed tokens, before the gate weight; None in files
+            from before super experts were looked for.
         router_gram_LEE: Sum over all tokens of the products of two experts' router logits; None in those files too.
         output_sum_LED: Sum over all tokens of each expert's output, routed or not; where it was asked for.
         taylor_LEF: Sum over sequences of |sum over tokens of a g|, nats. fisher_LEF: The same, squared.
@@ -78,6 +80,7 @@ class ExpertStats:
 
     NEURON_SUMS: ClassVar = ("taylor_LEF", "fisher_LEF", "act_sq_LEF", "gated_act_sq_LEF", "grad_sq_LEF")
     EXPERT_SUMS: ClassVar = ("probability_LE", "gated_norm_LE")
+    MAXIMA: ClassVar = ("output_max_LE",)
     HEAD_SUMS: ClassVar = ("head_taylor_AH", "head_fisher_AH", "head_act_sq_AH", "head_grad_sq_AH")
 
     meta: StatsMeta
@@ -97,6 +100,7 @@ class ExpertStats:
     group_norm_AG: Tensor
     probability_LE: Tensor | None = None
     gated_norm_LE: Tensor | None = None
+    output_max_LE: Tensor | None = None
     router_gram_LEE: Tensor | None = None
     output_sum_LED: Tensor | None = None
 

@@ -22,6 +22,8 @@ from slimmoe_hf.stats import ExpertStats
 
 Batch = Mapping[str, Tensor]
 _IMPLEMENTATION = "slimmoe_scoring"
+BLOCK = 1 << 22
+"""Activations that are multiplied at a time: more would be held several times over, for every token of a batch."""
 
 
 class Tokens:
@@ -88,9 +90,9 @@ def accumulator(device: torch.device, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _sum_rows(values: Tensor, lengths: Tensor) -> Tensor:
+def _sum_rows(values: Tensor, lengths: Tensor, how: str = "sum") -> Tensor:
     """Sum consecutive runs of rows: `[S, F]`, run lengths `[B]` -> `[B, F]`; deterministic on every device."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
+    return torch.segment_reduce(values, how, lengths=lengths, axis=0, unsafe=True, initial=0)
 
 
 class ExpertSums:
@@ -102,6 +104,7 @@ class ExpertSums:
         self.tokens = accumulator(device, number)
         self.neuron = {name: accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
         self.expert = {name: accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
+        self.largest = accumulator(device, number)
         self.gram = accumulator(device, number, number)
         self.outputs: Tensor | None = None
 
@@ -110,8 +113,11 @@ class ExpertSums:
         """Add one forward pass's expert outputs, not yet weighted; pairs are sorted by expert."""
         if not self.sweep.listening:
             return
-        norm_S = out_SD.float().norm(dim=-1) * gate_S.float() * self.sweep.valid_N[token_S]
-        self.expert["gated_norm_LE"] += _sum_rows(norm_S, torch.bincount(expert_S, minlength=self.number))
+        valid_S, routed_E = self.sweep.valid_N[token_S], torch.bincount(expert_S, minlength=self.number)
+        norm_S = out_SD.float().norm(dim=-1) * gate_S.float() * valid_S
+        self.expert["gated_norm_LE"] += _sum_rows(norm_S, routed_E)
+        most_S = torch.linalg.vector_norm(out_SD, torch.inf, dim=-1).float() * valid_S
+        self.largest = torch.maximum(self.largest, _sum_rows(most_S, routed_E, "max"))
 
     @torch.no_grad()
     def record_router(self, logits_NE: Tensor) -> None:
@@ -142,24 +148,33 @@ class ExpertSums:
         """Add one backward pass; pairs are sorted by expert, then by token."""
         sweep = self.sweep
         kept_S = sweep.valid_N[token_S]
-        if not bool(kept_S.all()):
-            act_SF, grad_SF, gate_S = act_SF[kept_S], grad_SF[kept_S], gate_S[kept_S]
-            token_S, expert_S = token_S[kept_S], expert_S[kept_S]
-        act, grad, gate = act_SF.float(), grad_SF.float(), gate_S.float().unsqueeze(-1)
+        whole = bool(kept_S.all())
+        gate_S1 = gate_S[kept_S].float().unsqueeze(-1)
+        token_S, expert_S = token_S[kept_S], expert_S[kept_S]
         routed_E = torch.bincount(expert_S, minlength=self.number)
         bucket_S = expert_S * sweep.sequences + sweep.sequence_N[token_S]
         lengths = torch.bincount(bucket_S, minlength=self.number * sweep.sequences)
-        per_sequence = _sum_rows(act * grad, lengths).view(self.number, sweep.sequences, -1)
+        step = max(BLOCK // max(len(act_SF), 1), 1)
+        for first in range(0, act_SF.shape[-1], step):
+            block = slice(first, first + step)
+            act, grad = (x[:, block] if whole else x[kept_S, block] for x in (act_SF, grad_SF))
+            self._record_neurons(act.float(), grad.float(), gate_S1, routed_E, lengths, block)
+        self.tokens += routed_E
+
+    def _record_neurons(
+        self, act: Tensor, grad: Tensor, gate_S1: Tensor, routed_E: Tensor, lengths: Tensor, block: slice
+    ) -> None:
+        """Add some neurons' part; `lengths` are those of every expert's sequences."""
+        per_sequence = _sum_rows(act * grad, lengths).view(self.number, self.sweep.sequences, -1)
         sums = {
             "taylor_LEF": per_sequence.abs().sum(1, dtype=torch.float64),
             "fisher_LEF": per_sequence.square().sum(1, dtype=torch.float64),
             "act_sq_LEF": _sum_rows(act.square(), routed_E),
-            "gated_act_sq_LEF": _sum_rows((act * gate).square(), routed_E),
+            "gated_act_sq_LEF": _sum_rows((act * gate_S1).square_(), routed_E),
             "grad_sq_LEF": _sum_rows(grad.square(), routed_E),
         }
         for name, value in sums.items():
-            self.neuron[name] += value
-        self.tokens += routed_E
+            self.neuron[name][:, block] += value
 
 
 class HeadSums:
@@ -284,6 +299,7 @@ class LayerSums:
             return dict(self.heads.head)
         experts = self.experts
         found = {**self.heads.head, **experts.neuron, **experts.expert, "router_gram_LEE": experts.gram}
+        found["output_max_LE"] = experts.largest
         if experts.outputs is not None:
             found["output_sum_LED"] = experts.outputs
         return {**found, "tokens_LE": experts.tokens}

@@ -22,6 +22,7 @@ SLIMMING = {
     "merged_forms",
     "streamed_teacher",
     "repairs", "layer_repair", "reconstruction", "streamed_repair", "layer_summary",
+    "super_experts",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",

@@ -7,6 +7,7 @@ import torch
 from tiny import NUM_EXPERTS, expert_output, families, save_tiny, tiny_batch, tiny_model
 from transformers import AutoModelForCausalLM
 
+from slimmoe_hf import taps
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, shape_of
 from slimmoe_hf.identity import model_sha256
@@ -107,6 +108,18 @@ def test_expert_statistics_equal_a_direct_computation(family):
         out = expert_output(model, experts, expert, seen["x"][token])
         assert stats.tokens_LE[row, expert] == len(token)
         assert rel(stats.gated_norm_LE[row, expert], (out.norm(dim=-1) * seen["gate"][token, slot]).sum()) < 1e-5
+        assert rel(stats.output_max_LE[row, expert], out.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_how_many_neurons_are_recorded_at_a_time_changes_nothing(padded, monkeypatch):
+    model, batch = tiny_model("phimoe"), tiny_batch(rows=3)
+    if padded:
+        batch["attention_mask"][0, 10:] = 0
+    whole = collect_stats(model, [batch], progress=False)
+    monkeypatch.setattr(taps, "BLOCK", 700)  # 4 or 5 of 32 neurons of 144 token-expert pairs
+    for name, tensor in collect_stats(model, [batch], progress=False).tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name]), name
 
 
 def test_padding_counts_for_nothing():
