@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slimmoe_hf.lora import lora_config
     from slimmoe_hf.pipeline import run_recipe
     from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+    from slimmoe_hf.search import search_plan
     from slimmoe_hf.seq2seq import Seq2SeqDistillationTrainer
     from slimmoe_hf.stats import ExpertStats
     from slimmoe_hf.surgery import apply_plan
@@ -41,6 +42,7 @@ _HOMES = {
     "lora_config": "lora",
     "make_plan": "plan",
     "run_recipe": "pipeline",
+    "search_plan": "search",
     "slim_checkpoint": "checkpoint",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "lora_config",
     "make_plan",
     "run_recipe",
+    "search_plan",
     "slim_checkpoint",
 ]
 

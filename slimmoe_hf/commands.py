@@ -29,6 +29,7 @@ from slimmoe_hf import (
     merge_command,
     plot_command,
     push_command,
+    search_command,
     size_command,
 )
 from slimmoe_hf.atomic import replacing
@@ -118,8 +119,13 @@ def plan(args: argparse.Namespace) -> None:
     if args.inputs[:1] == ["show"]:
         _show(args.inputs[1:], args.json)
         return
+    if args.budget is not None or args.active_budget is not None:
+        search_command.search(args)
+        return
     if len(args.inputs) != 1:
         raise ValueError("plan takes one statistics file, or show and one or two plans (see slimmoe plan --help)")
+    if args.reconstruct is not None or args.data is not None:
+        raise ValueError("plan takes --data and --reconstruct with --budget only. slim takes them with any size.")
     require(args, "output")
     output = output_path(args)
     stats = ExpertStats.load(args.inputs[0])
@@ -166,14 +172,8 @@ def slim(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.plan is None:
         remove_work(args, output)
-    say(
-        "\n".join(
-            [
-                f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified",
-                *super_notes(chosen),
-            ]
-        )
-    )
+    done = f"{output}: {chosen.meta.target}, {weight_bytes(output):,} bytes of weights, verified"
+    say("\n".join([done, *super_notes(chosen)]))
 
 
 def distill(args: argparse.Namespace) -> None:

