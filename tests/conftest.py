@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import own_home
 import pytest
 import rich
 import torch
@@ -21,6 +21,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for the whole fast suite; none beside this one for a few files, or for slow tests, which may be large."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(2, os.cpu_count() or 1) if whole and config.option.markexpr == "not slow and not gpu" else 0
+
+
+def pytest_unconfigure() -> None:
+    own_home.remove()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,7 +19,7 @@ def history_of(folder: Path, tracker: str) -> list[dict[str, Any]]:
     """Train two steps that report to a tracker; what the run itself remembers."""
     trainer = trainer_for(
         folder, report_to=[tracker], eval_dataset=unequal_rows(3, seed=5), eval_strategy="steps", eval_steps=1,
-        loss_top_k=8, router_logits_weight=0.5, hidden_states_weight=0.5, project="distillation", run_name="tiny",
+        loss_top_k=8, router_logits_weight=0.5, hidden_states_weight=0.5, project=folder.name, run_name="tiny",
     )  # fmt: skip
     trainer.train()
     assert any("router_load" in entry for entry in trainer.state.log_history)  # for plots; no tracker could take it
@@ -51,14 +51,14 @@ def report_to_trackio(folder: Path) -> None:
     from trackio.sqlite_storage import SQLiteStorage
 
     history = history_of(folder, "trackio")  # which ends trackio's run with its own
-    (folder / "told.json").write_text(json.dumps([history, SQLiteStorage.get_logs("distillation", "tiny")]))
+    (folder / "told.json").write_text(json.dumps([history, SQLiteStorage.get_logs(folder.name, "tiny")]))
     os._exit(0)  # its server's threads outlive it
 
 
-def test_trackio_is_told_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this machine: `trackio_space_id` stays None."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
-    pytest.importorskip("trackio", reason="needs `pip install trackio`")
+def test_trackio_is_told_every_number(tmp_path: Path) -> None:
+    """On this machine (`trackio_space_id` stays None), and in the tests' own folder."""
+    trackio = pytest.importorskip("trackio", reason="needs `pip install trackio`")
+    assert str(trackio.utils.TRACKIO_DIR) == os.environ["TRACKIO_DIR"]
     assert in_child(report_to_trackio, tmp_path) == 0
     history, told = json.loads((tmp_path / "told.json").read_text())
     for name in TOLD:
