@@ -81,8 +81,10 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _text(config: PreTrainedConfig) -> str:
-    """A config as text that equal configs share."""
-    return json.dumps({**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"}, sort_keys=True)
+    """A config as text that equal configs share, wherever they were read from."""
+    values = {**json.loads(config.to_json_string(use_diff=False)), "dtype": "float32"}
+    values.pop("_name_or_path", None)
+    return json.dumps(values, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=16)

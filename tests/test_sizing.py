@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import FAMILY_NAMES, families, tiny_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     LlamaConfig,
@@ -230,6 +231,14 @@ def test_estimates_leave_the_config_as_it_is():
     training_memory(config, lora_rank=4, length=64)
     assert config.to_dict() == before
     assert all(parameter.is_meta for parameter in meta_model(config).parameters())
+
+
+def test_the_same_model_in_two_folders_is_traced_once(tmp_path):
+    found = []
+    for name in ("one", "other"):
+        tiny_model("mixtral").config.save_pretrained(tmp_path / name)
+        found.append(meta_model(AutoConfig.from_pretrained(tmp_path / name)))
+    assert found[0] is found[1]
 
 
 def test_the_cache_formula():
