@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Group
-from scipy import stats
+from scipy.special import stdtrit
 
 from slimmoe_hf.grid_sizes import TOLERANCE
 from slimmoe_hf.report import aligned, markdown
@@ -39,7 +39,7 @@ class Mean(_Data):
         """Mean and interval: `t(.975, n - 1) * s / sqrt(n)` to both sides, s the standard deviation over the n seeds."""
         number, half = len(values), None
         if number > 1:
-            t = float(stats.t.ppf((1 + CONFIDENCE) / 2, number - 1))
+            t = float(stdtrit(number - 1, (1 + CONFIDENCE) / 2))
             half = t * statistics.stdev(values) / math.sqrt(number)
         return cls(values=list(values), mean=statistics.fmean(values), half_width=half)
 

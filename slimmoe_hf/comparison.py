@@ -34,8 +34,6 @@ from slimmoe_hf.lineage import public_name
 from slimmoe_hf.machines import this_machine
 from slimmoe_hf.outlook import EFFICIENCY
 from slimmoe_hf.pace import shown_time
-from slimmoe_hf.plots import png
-from slimmoe_hf.plots.comparison import picture_of
 from slimmoe_hf.preflight import device
 from slimmoe_hf.report import aligned
 from slimmoe_hf.rundir import LOCK
@@ -139,7 +137,7 @@ class _Comparison:
         found = self._found(rate, losses)
         write_text(self.folder / RESULTS, found.model_dump_json(indent=2) + "\n")
         write_text(self.folder / TABLE, as_markdown(found))
-        (self.folder / PICTURE).write_bytes(png(picture_of(found)))
+        (self.folder / PICTURE).write_bytes(_drawn(found))
         return found
 
     def _point(self, method: Method, seed: int, rate: float, split: str) -> Point:
@@ -285,3 +283,10 @@ def _operations(grid: Grid, checked: Checked, method: Method) -> float:
     measured = 2 * (grid.test_tokens or 0)
     swept = grid.calibration.tokens if method.stages > 1 else 0
     return float(6 * active * checked.recovery_tokens + 2 * active * measured + 6 * whole * swept)
+
+
+def _drawn(found: Comparison) -> bytes:
+    from slimmoe_hf.plots import png  # matplotlib takes long to import
+    from slimmoe_hf.plots.comparison import picture_of
+
+    return png(picture_of(found))

@@ -21,7 +21,6 @@ from slimmoe_hf.card import MARK, check_card, images_of, may_be_written
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import CARD, Base, find_base, licence_files, public_name
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.plots import draw
 from slimmoe_hf.recipe import Recipe, parse_recipe
 from slimmoe_hf.reconstruction import without_repairs
 from slimmoe_hf.report import Report
@@ -185,6 +184,8 @@ def public_plan(plan: CompressionPlan) -> CompressionPlan:
 
 def _draw(run: Path, folder: Path) -> list[tuple[str, str]]:
     """Draw the run; path and caption of every picture. The data behind them is in the report and the plans."""
+    from slimmoe_hf.plots import draw  # matplotlib takes long to import, and most commands draw nothing
+
     with tempfile.TemporaryDirectory(prefix="slimmoe-") as temporary:
         named = Path(temporary) / "this run"  # what the pictures call it: strangers do not know the folder's name
         named.mkdir()

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from slimmoe_hf.atomic import refuse_existing
 from slimmoe_hf.command_inputs import print_json
-from slimmoe_hf.plots import draw, read
 
 
 def plot(args: argparse.Namespace) -> None:
     """Folders of finished runs in, pictures out."""
+    from slimmoe_hf.plots import draw, read  # matplotlib takes long to import
+
     runs = [Path(run).expanduser() for run in args.runs]
     if not runs:
         raise ValueError("plot needs the folder of a finished run (see slimmoe plot --help)")
