@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +14,7 @@ import own_home
 import pytest
 import rich
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 
@@ -29,17 +31,51 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def frozen() -> None:
-    """Imported modules are not looked through by every garbage collection: that was two fifths of a tiny training run."""
+    """Garbage is collected seldom, and never among imported modules: that was two fifths of a tiny training run."""
+    from accelerate.utils import memory
+
     import slimmoe_hf.commands  # noqa: F401
+
+    memory.gc = SimpleNamespace(collect=int)  # every Trainer has it done before it trains
 
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
 def console() -> None:
     """Commands send this process's console to stderr; functions print where it stood."""
     rich.reconfigure(stderr=False)
+
+
+@pytest.fixture(scope="session")
+def whole_run() -> Path:
+    """A recipe's folder: its model, its text, and in `run` what came of it. One for all processes: copy what you change."""
+    from recipes import whole_recipe, write_recipe
+
+    from slimmoe_hf.pipeline import run_recipe
+
+    folder = own_home.shared_folder() / "whole"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "run" / "report.json").exists():
+            folder.mkdir(exist_ok=True)
+            run_recipe(write_recipe(folder, whole_recipe(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where uncut runs lie that several tests of a file compare with."""
+    return tmp_path_factory.mktemp("wholes")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are not looked at draw empty sheets: drawing takes longer than their training."""
+    from slimmoe_hf import plots
+
+    monkeypatch.setattr(plots, "png", lambda picture: repr(picture).encode())
 
 
 @pytest.fixture

@@ -36,6 +36,22 @@ def tiny_recipe(folder: Path, family: str = "phimoe") -> dict[str, Any]:
     }
 
 
+SECRET = "hf_SecretThatStandsInTheRecipeOfTheRun01"
+
+
+def whole_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of the fixture `whole_run`: `tiny_recipe`, logged and evaluated, with a secret and a licensed original."""
+    recipe = tiny_recipe(folder)
+    if not (folder / "teacher" / "LICENSE").exists():
+        card = "---\nlicense: mit\nlanguage: en\nmodel_name: tiny-base\n---\n# Tiny\n"
+        (folder / "teacher" / "README.md").write_text(card)
+        (folder / "teacher" / "LICENSE").write_text("Do as you like.\n")
+    for stage in recipe["stages"]:
+        stage["distillation"] |= {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    recipe["stages"][0]["distillation"] |= {"hub_token": SECRET}
+    return recipe
+
+
 def write_recipe(folder: Path, values: dict[str, Any], name: str = "recipe.yaml") -> Path:
     """Write a recipe as YAML."""
     (folder / name).write_text(yaml.safe_dump(values))

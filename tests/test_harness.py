@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,16 +47,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("harness") / "model", max_position_embeddings=128)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one stage."""
-    folder = tmp_path_factory.mktemp("finished")
-    values = tiny_recipe(folder)
-    values["stages"] = values["stages"][:1]
-    values["stages"][0]["distillation"]["max_steps"] = 1
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    run_recipe(folder / "recipe.yaml")
-    return folder / "run"
+@pytest.fixture
+def finished(whole_run: Path, tmp_path: Path) -> Path:
+    """A finished run of two stages."""
+    ignored = shutil.ignore_patterns("checkpoints")
+    return Path(shutil.copytree(whole_run / "run", tmp_path / "finished", ignore=ignored))
 
 
 def by_metric(results: list[TaskResult], task: str) -> dict[str, TaskResult]:
@@ -224,19 +220,19 @@ def evaluate_run(run: Path, *more: str) -> Report:
 
 
 @pytest.mark.slow  # two runs of the harness over a whole run
-def test_results_of_a_run_are_added_to_its_report_beside_those_of_its_teacher(finished: Path):
+def test_results_of_a_run_are_added_to_its_report_beside_those_of_its_teacher(whole_run: Path, finished: Path):
     before = Report.load(finished / "report.json")
     report = evaluate_run(finished)
     measured = {model.name: by_metric(model.tasks, "tiny_choice") for model in report.models}
-    assert [len(found) for found in measured.values()] == [2, 0, 2]
-    teacher = finished.parent / "teacher"
+    assert [len(found) for found in measured.values()] == [2, 0, 0, 0, 2]
+    teacher = whole_run / "teacher"
     assert measured["teacher"] == by_metric(run_tasks(teacher, ["tiny_choice"], TASKS), "tiny_choice")
     assert [model.loss for model in report.models] == [model.loss for model in before.models]
 
     again = evaluate_run(finished)
     assert again == report, "results of the same question take the place of the earlier ones"
     more = evaluate_run(finished, "--limit", "7", "--num-fewshot", "1")
-    assert [len(model.tasks) for model in more.models] == [4, 0, 4]
+    assert [len(model.tasks) for model in more.models] == [4, 0, 0, 0, 4]
     assert [r.limit for r in more.models[-1].tasks] == [None, None, 7, 7]
     text = (finished / "README.md").read_text()
     assert "| tiny_choice (0-shot) | acc ↑ |" in text and "(1-shot, first 7)" in text
@@ -334,7 +330,7 @@ def test_the_tasks_that_ship_are_what_their_script_makes(tmp_path: Path):
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["sotu_ending", "sotu_text"]
 
 
-def test_a_recipe_puts_teacher_and_last_model_to_its_tasks(tmp_path: Path):
+def test_a_recipe_puts_teacher_and_last_model_to_its_tasks(no_pictures: None, tmp_path: Path):
     """Before any work, what is missing is found; after it, report, card and `slimmoe eval` agree."""
     values = tiny_recipe(tmp_path)
     values["stages"] = values["stages"][:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from recipes import tiny_recipe, write_recipe
+from recipes import whole_recipe, write_recipe
 from runs import in_child
 from tiny import VOCAB_SIZE, tiny_tokenizer, write_text
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -38,19 +39,21 @@ from slimmoe_hf.stats import ExpertStats
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(whole_run: Path) -> Path:
     """A folder with a recipe, its model and its text."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    write_recipe(folder, tiny_recipe(folder))
-    return folder
+    return whole_run
 
 
 @pytest.fixture(scope="module")
 def report(home: Path) -> Report:
-    """An uninterrupted run in `home/run`."""
-    found = run_recipe(home / "recipe.yaml")
-    assert found is not None
-    return found
+    """Of an uninterrupted run in `home/run`."""
+    return Report.load(home / "run" / "report.json")
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path) -> Path:
+    """A copy of that run, which this process may claim."""
+    return Path(shutil.copytree(home / "run", tmp_path / "run"))
 
 
 def test_a_run_leaves_what_the_design_says(home: Path, report: Report):
@@ -60,7 +63,6 @@ def test_a_run_leaves_what_the_design_says(home: Path, report: Report):
         inside = {path.name for path in (home / "run" / stage).iterdir()}
         assert inside == {"stats.safetensors", "plan", "slimmed", "checkpoints", "model"}
     assert load_recipe(home / "run" / "recipe.yaml") == load_recipe(home / "recipe.yaml")
-    assert Report.load(home / "run" / "report.json") == report
     assert weights_sha256(home / "run" / "model") == report.models[-1].weights_sha256
 
 
@@ -154,11 +156,9 @@ def test_training_moved_every_expert_and_the_cut_is_the_plan(home: Path, report:
     assert distilled["model.layers.0.mlp.experts.down_proj"].shape[-1] == 16
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(home: Path, report: Report):
-    before = {
-        path: path.stat().st_mtime_ns for path in (home / "run").rglob("*") if path.is_file() and path.name != ".lock"
-    }
-    assert run_recipe(home / "recipe.yaml") == report
+def test_the_same_command_on_a_finished_run_changes_nothing(home: Path, run: Path, report: Report):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert run_recipe(home / "recipe.yaml", run) == report
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -219,11 +219,11 @@ def _run_and_die(arrange: Callable[[], None], recipe: Path, output: Path) -> Non
         pytest.param(_kill_in_calibration, "stage-1/score ...", 1, marks=pytest.mark.slow),
         (_kill_in_training, "stage-2: continues from checkpoint-4", 11),
         pytest.param(_kill_between_stages, "stage-2/score ...", 7, marks=pytest.mark.slow),
-        (_kill_while_saving, "stage-1: continues from checkpoint-6", 5),
+        pytest.param(_kill_while_saving, "stage-1: continues from checkpoint-6", 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_point_the_same_command_ends_with_the_same_weights(
-    home: Path, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    no_pictures: None, home: Path, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     arrange: Callable[[], None], said: str, reused: int,
 ):  # fmt: skip
     """Promise 4; SIGKILL leaves no handler a chance. What was finished is reused, and the log says so."""
@@ -260,7 +260,9 @@ _SAVE = RunFolder._save
 
 
 @pytest.mark.slow  # four runs
-def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(home: Path, report: Report, tmp_path: Path):
+def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(
+    no_pictures: None, home: Path, report: Report, tmp_path: Path
+):
     """All of the vocabulary is kept, in float16; killed among its answers and right after them, nothing changes."""
     recipe, output = _with(home, tmp_path, teacher_cache={"top_k": VOCAB_SIZE}), tmp_path / "run"
     for arrange in (_kill_while_the_teacher_answers, _kill_after_the_teacher_answered):
@@ -276,11 +278,12 @@ def test_a_teacher_that_is_asked_once_teaches_as_a_live_one(home: Path, report: 
     assert ours == pytest.approx(theirs, abs=2e-3) and theirs[1] - theirs[2] > 0.02
 
 
-def test_a_damaged_output_is_made_again(home: Path, report: Report, tmp_path: Path):
-    output = tmp_path / "run"
-    assert in_child(_run_and_die, _kill_between_stages, home / "recipe.yaml", output) == -signal.SIGKILL
-    (output / "stage-1" / "slimmed" / "model.safetensors").write_bytes(b"torn")
-    again = run_recipe(home / "recipe.yaml", output)
+def test_a_damaged_output_is_made_again(no_pictures: None, home: Path, report: Report, run: Path):
+    """In a run that was stopped right before its report."""
+    (run / "report.json").unlink()
+    (run / "stage-2" / "slimmed" / "model.safetensors").write_bytes(b"torn")
+    again = run_recipe(home / "recipe.yaml", run)
+    assert weights_sha256(run / "stage-2" / "slimmed") == report.models[3].weights_sha256
     assert again is not None and again.models[-1].weights_sha256 == report.models[-1].weights_sha256
 
 
@@ -292,12 +295,12 @@ def test_a_dry_run_shows_the_work_and_writes_nothing(home: Path, tmp_path: Path,
 
 
 def _with(home: Path, folder: Path, **changes: Any) -> Path:
-    return write_recipe(folder, {**tiny_recipe(home), **changes}, "changed.yaml")
+    return write_recipe(folder, {**whole_recipe(home), **changes}, "changed.yaml")
 
 
-def test_a_run_of_another_recipe_is_not_continued(home: Path, report: Report, tmp_path: Path):
+def test_a_run_of_another_recipe_is_not_continued(home: Path, run: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(it differs in seed\)"):
-        run_recipe(_with(home, tmp_path, seed=7), home / "run")
+        run_recipe(_with(home, tmp_path, seed=7), run)
 
 
 def test_a_foreign_folder_is_left_alone_even_with_overwrite(home: Path, tmp_path: Path):
@@ -321,24 +324,19 @@ def test_a_run_is_not_continued_on_another_number_of_threads(home: Path, tmp_pat
                     run.begin(recipe, {}, 3)
 
 
-def test_a_folder_that_another_process_works_in_is_locked(home: Path, report: Report):
+def test_a_folder_that_another_process_works_in_is_locked(home: Path, run: Path):
     with (
-        FileLock(home / "run" / ".lock"),
+        FileLock(run / ".lock"),
         pytest.raises(ValueError, match="locked: another slimmoe run is working there"),
     ):
-        run_recipe(home / "recipe.yaml")
+        run_recipe(home / "recipe.yaml", run)
 
 
-def test_overwrite_starts_over(home: Path, tmp_path: Path):
-    output = tmp_path / "run"
-    recipe = _with(home, tmp_path, seed=7)
-    assert in_child(_run_and_die, _kill_between_stages, recipe, output) == -signal.SIGKILL
-    done = json.loads((output / "steps.json").read_text())["steps"]
-    assert in_child(_run_and_die, _kill_in_calibration, recipe, output) == -signal.SIGKILL  # dies in stage 2's
-    assert json.loads((output / "steps.json").read_text())["steps"] == done
-    assert in_child(_overwrite_and_die, home / "recipe.yaml", output) == -signal.SIGKILL
-    assert list(json.loads((output / "steps.json").read_text())["steps"]) == ["teacher/evaluate"]
-    assert not (output / "stage-1" / "model").exists()
+def test_overwrite_starts_over(home: Path, run: Path, tmp_path: Path):
+    """In the folder of another recipe's run, and dies soon."""
+    assert in_child(_overwrite_and_die, _with(home, tmp_path, seed=7), run) == -signal.SIGKILL
+    assert list(json.loads((run / "steps.json").read_text())["steps"]) == ["teacher/evaluate"]
+    assert not (run / "stage-1" / "model").exists()
 
 
 def _overwrite_and_die(recipe: Path, output: Path) -> None:
@@ -349,7 +347,7 @@ def _overwrite_and_die(recipe: Path, output: Path) -> None:
 def test_changed_text_is_noticed(home: Path, tmp_path: Path):
     data = write_text(tmp_path / "text.jsonl", 90)
     recipe = _with(home, tmp_path, data={"source": str(data), "max_length": 64})
-    assert in_child(_run_and_die, _kill_between_stages, recipe, tmp_path / "run") == -signal.SIGKILL
+    assert in_child(_run_and_die, _kill_in_calibration, recipe, tmp_path / "run") == -signal.SIGKILL
     write_text(tmp_path / "text.jsonl", 60)
     with pytest.raises(ValueError, match="data changed since this run began"):
         run_recipe(recipe, tmp_path / "run")
@@ -374,8 +372,8 @@ def test_the_callback_and_the_pipeline_cut_alike(home: Path, report: Report, tmp
 
 
 @pytest.mark.slow  # another whole run
-def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
-    values = tiny_recipe(home)
+def test_unpacked_rows_run_too(no_pictures: None, home: Path, tmp_path: Path):
+    values = whole_recipe(home)
     values["stages"] = values["stages"][:1]
     recipe = write_recipe(tmp_path, {**values, "data": {**values["data"], "packing": False, "max_length": 512}})
     inputs = inputs_of(load_recipe(recipe))
@@ -387,7 +385,7 @@ def test_unpacked_rows_run_too(home: Path, tmp_path: Path):
 @pytest.mark.slow  # another whole run
 def test_experts_go_over_stages_and_everything_that_is_written_says_so(home: Path, tmp_path: Path):
     """Four experts, three, two: routers, sizes, card, plans and pictures of a run whose models number experts anew."""
-    values = tiny_recipe(home)
+    values = whole_recipe(home)
     first, second = values["stages"]
     for stage in (first, second):
         stage["distillation"]["max_steps"] = 2

@@ -19,16 +19,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from recipes import tiny_recipe, write_recipe
 from tiny import NUM_EXPERTS, decoder_only, tiny_batch, tiny_model
 
-from slimmoe_hf import cli, plots
+from slimmoe_hf import cli
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import CRITERIA, magnitude
 from slimmoe_hf.factorization import compare_stable_ranks, stable_ranks
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.plots import _DRAWN, Plot, draw, png
 from slimmoe_hf.plots import style as plot_style
@@ -55,14 +53,9 @@ NAMES = ["kept", "scores", "router_load", "losses", "quality_size"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(whole_run: Path) -> Path:
     """A real run of two stages, logged every other step."""
-    home = tmp_path_factory.mktemp("finished")
-    recipe = tiny_recipe(home)
-    for stage in recipe["stages"]:
-        stage["distillation"] |= {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 6}
-    run_recipe(write_recipe(home, recipe))
-    return home / "run"
+    return whole_run / "run"
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +68,6 @@ def drawn(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Plot
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy that may be spoilt."""
     return Path(shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "*slimmed")))
-
-
-@pytest.fixture
-def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty sheets, for tests of where files go: drawing is what takes the time."""
-    monkeypatch.setattr(plots, "png", lambda picture: repr(picture).encode())
 
 
 def made_up_run(folder: Path, family: str, target: Target, criterion: str = "taylor") -> Path:
@@ -243,7 +230,7 @@ def test_the_same_run_gives_the_same_bytes_whatever_matplotlibrc_says(finished: 
 
 
 def test_a_starved_expert_is_named_in_picture_caption_and_on_the_terminal(
-    blank: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_pictures: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     change(run / "report.json", lambda report: report["models"][-1]["router_load"][1].__setitem__(3, 0.04))
     assert cli.main(["plot", str(run), "--output", str(tmp_path / "plots")]) == 0
@@ -379,14 +366,14 @@ def test_stable_ranks_of_a_merged_model_are_drawn_and_counted():
         stable_rank_picture("tiny", [])
 
 
-def test_groups_alone_leave_no_score_histogram(blank: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_groups_alone_leave_no_score_histogram(no_pictures: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = made_up_run(tmp_path / "run", "mixtral", Target(kv_groups=1))
     assert [plot.name for plot in draw([folder], tmp_path / "plots")] == [name for name in NAMES if name != "scores"]
     assert "run: scores is left out: no stage narrows the experts." in capsys.readouterr().out
 
 
 def test_what_an_older_run_lacks_is_left_out_with_a_line(
-    blank: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_pictures: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def forget(report: Any) -> None:
         for model in report["models"]:
@@ -415,7 +402,7 @@ def test_what_an_older_run_lacks_is_left_out_with_a_line(
 
 
 def test_several_runs_get_a_folder_each_and_one_picture_together(
-    blank: None, finished: Path, run: Path, tmp_path: Path
+    no_pictures: None, finished: Path, run: Path, tmp_path: Path
 ):
     change(run / "report.json", lambda report: report["models"][-1].__setitem__("total_parameters", 5))
     drawn = draw([finished, run], tmp_path / "plots")
@@ -451,7 +438,9 @@ def test_runs_that_cannot_be_compared_are_refused(
 # The command
 
 
-def test_plots_go_into_the_run_and_are_not_replaced_unasked(blank: None, run: Path, capsys: pytest.CaptureFixture[str]):
+def test_plots_go_into_the_run_and_are_not_replaced_unasked(
+    no_pictures: None, run: Path, capsys: pytest.CaptureFixture[str]
+):
     assert cli.main(["plot", str(run)]) == 0
     first = (run / "plots" / "kept.png").read_bytes()
     assert f"{run / 'plots' / 'kept.png'}: Heat maps" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -46,11 +47,31 @@ _OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_MADE: dict[str, tuple[PreTrainedModel, torch.Tensor]] = {}
+"""Models as they were made, and the state of the random numbers then: copying one takes a part of the time."""
+
+
+def _copied(make: Callable[..., PreTrainedModel], family: str, seed: int, overrides: dict[str, Any]) -> PreTrainedModel:
+    key = repr((family, seed, sorted(overrides.items())))
+    if key not in _MADE:
+        torch.manual_seed(seed)
+        model = make(family, overrides)
+        if sum(parameter.numel() for parameter in model.parameters()) > 10**6:
+            return model
+        _MADE[key] = model, torch.get_rng_state()
+    model, state = _MADE[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised float32 model in eval mode; `overrides` are config keys."""
     if family in SEQ2SEQ_NAMES:
         return tiny_seq2seq(family, seed, **overrides)
-    torch.manual_seed(seed)
+    return _copied(_new_decoder, family, seed, overrides)
+
+
+def _new_decoder(family: str, overrides: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **{**_SHAPE, **_OWN[family], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -81,7 +102,10 @@ _SEQ2SEQ: dict[str, dict[str, Any]] = {
 
 def tiny_seq2seq(family: str = "switch_transformers", seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A randomly initialised encoder-decoder, float32 and in eval mode; without noise in training unless `overrides` say so."""
-    torch.manual_seed(seed)
+    return _copied(_new_seq2seq, family, seed, overrides)
+
+
+def _new_seq2seq(family: str, overrides: dict[str, Any]) -> PreTrainedModel:
     ids = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     config = AutoConfig.for_model(family, **{**ids, **_SEQ2SEQ[family], **overrides})
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32).eval()
@@ -95,6 +119,11 @@ def families(refused: Callable[[Family], str] = lambda row: "") -> list[Any]:
     """Every row of `FAMILIES`, for `parametrize`; skipped, with the reason, where `refused` gives one."""
     reasons = {name: refused(row) for name, row in FAMILIES.items()}
     return [pytest.param(name, marks=pytest.mark.skip(reason=why)) if why else name for name, why in reasons.items()]
+
+
+def slow_but(*fast: str) -> list[Any]:
+    """`FAMILY_NAMES`, all but `fast` as slow tests: for what takes long and hardly depends on the family."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_NAMES]
 
 
 def decoder_only(reason: str) -> list[Any]:
