@@ -177,13 +177,22 @@ def killed_while_saving(folder: Path, family: str, step: int, method: str) -> No
     trainer.train()
 
 
-@pytest.mark.parametrize(("family", "step"), [*((family, 5) for family in FAMILY_NAMES), ("phimoe", 3), ("phimoe", 7)])
-def test_killed_run_ends_with_the_weights_of_one_left_alone(family: str, step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [
+        ("phimoe", 5), ("mixtral", 5), *(
+            pytest.param(*more, marks=pytest.mark.slow) for more in (("olmoe", 5), ("qwen3_moe", 5), ("phimoe", 3), ("phimoe", 7))
+        ),
+    ],
+)  # fmt: skip
+def test_killed_run_ends_with_the_weights_of_one_left_alone(
+    family: str, step: int, tmp_path: Path, wholes: Path
+) -> None:
     assert in_child(killed_between_steps, tmp_path / "killed", family, step) == -signal.SIGKILL
     trainer = run(tmp_path / "killed", family)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 8
-    assert_same_weights(trainer.model.state_dict(), uninterrupted(family, tmp_path / "whole"))
+    assert_same_weights(trainer.model.state_dict(), uninterrupted(family, wholes / family))
 
 
 # What fits a large student on one GPU; Adafactor's averages are float32 also where the weights are not.
@@ -220,7 +229,7 @@ def test_killed_run_of_bfloat16_weights_ends_with_those_of_one_left_alone(case: 
 
 
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_rng_state"])
-def test_torn_checkpoint_is_passed_over(method: str, tmp_path: Path) -> None:
+def test_torn_checkpoint_is_passed_over(method: str, tmp_path: Path, wholes: Path) -> None:
     assert in_child(killed_while_saving, tmp_path, "phimoe", 4, method) == -signal.SIGKILL
     assert Path(get_last_checkpoint(tmp_path)).name == "checkpoint-4"  # what the stock Trainer would take
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
@@ -228,7 +237,7 @@ def test_torn_checkpoint_is_passed_over(method: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"checkpoint-4 cannot be resumed from: it has no {MARK}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer.train(resume_from_checkpoint=True)
-    assert_same_weights(trainer.model.state_dict(), uninterrupted("phimoe", tmp_path / "whole"))
+    assert_same_weights(trainer.model.state_dict(), uninterrupted("phimoe", wholes / "phimoe"))
     assert is_complete(tmp_path / "checkpoint-4")
 
 
@@ -405,6 +414,7 @@ def train_in_two(folder: Path, steps: int, resume: bool) -> None:
     torch.save(trainer.model.state_dict(), folder / f"rank-{torch.distributed.get_rank()}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly_and_stay_equal(tmp_path: Path) -> None:
     assert in_two_processes(train_in_two, tmp_path / "whole", 8, False) == [0, 0]
     assert in_two_processes(train_in_two, tmp_path / "cut", 5, False) == [0, 0]

@@ -152,14 +152,16 @@ def assert_same_course(ours: list[dict[str, float]], theirs: list[dict[str, floa
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_and_gradient_norm_do_not_depend_on_accumulation(variant: str, cut: str, tmp_path: Path) -> None:
+def test_loss_and_gradient_norm_do_not_depend_on_accumulation(
+    variant: str, cut: str, tmp_path: Path, wholes: Path
+) -> None:
     family, overrides = VARIANTS[variant]
     rows, accumulation = CUTS[cut]
     logs = train_logs(
         tmp_path, family=family, student=tiny_seq2seq(family, **overrides), crossentropy_weight=0.5,
         per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
-    assert_same_course(logs, reference_logs(variant, tmp_path / "whole"))
+    assert_same_course(logs, reference_logs(variant, wholes))
 
 
 def save_two(folder: Path) -> None:
@@ -174,11 +176,11 @@ def save_two(folder: Path) -> None:
         (folder / "logs.json").write_text(json.dumps([before, logs]))
 
 
-def test_training_and_evaluation_do_not_depend_on_processes(tmp_path: Path) -> None:
+def test_training_and_evaluation_do_not_depend_on_processes(tmp_path: Path, wholes: Path) -> None:
     """Five rows over 2 x 2 are filled up with three repeated ones, which must not count."""
     assert in_two_processes(save_two, tmp_path) == [0, 0]
     evaluated, logs = json.loads((tmp_path / "logs.json").read_text())
-    assert_same_course(logs, reference_logs("switch_transformers", tmp_path / "whole"))
+    assert_same_course(logs, reference_logs("switch_transformers", wholes))
     expected = direct(tiny_seq2seq(), tiny_seq2seq(seed=1), unequal_pairs(5, seed=5))
     for name in ("loss", "kl", "ce", "num_tokens"):
         assert evaluated[f"eval_{name}"] == pytest.approx(float(expected[name]), rel=1e-5), name

@@ -205,7 +205,7 @@ def _run_and_die(arrange: Callable[[], None], recipe: Path, output: Path) -> Non
 @pytest.mark.parametrize(
     ("arrange", "said", "reused"),
     [
-        (_kill_at("stage-2", 5), "stage-2: continues from checkpoint-4", 8),
+        pytest.param(_kill_at("stage-2", 5), "stage-2: continues from checkpoint-4", 8, marks=pytest.mark.slow),
         pytest.param(_kill_at("stage-1", 5), "stage-1: continues from checkpoint-4", 4, marks=pytest.mark.slow),
         pytest.param(_kill_after("_merge"), "stage-1/merge ...", 2, marks=pytest.mark.slow),
         pytest.param(_kill_after("_factor"), "stage-2/factor ...", 6, marks=pytest.mark.slow),

@@ -117,6 +117,7 @@ def test_no_logits_of_the_whole_batch_are_made(tmp_path: Path) -> None:
     assert set(sizes) == {1}  # the teacher's last token, which its forward cannot leave out
 
 
+@pytest.mark.slow  # compiles
 def test_compiled_student_learns_the_same(tmp_path: Path) -> None:
     plain, compiled = (
         gradients_and_log(trainer_for(tmp_path, max_steps=1, learning_rate=0.0, **arguments))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from runs import in_two_processes, settings, trainer_for, unequal_rows
-from tiny import FAMILY_NAMES, documents, save_tiny, tiny_model, tiny_tokenizer
+from tiny import FAMILY_NAMES, documents, save_tiny, slow_but, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 
 from slimmoe_hf.losses import load_balancing_loss
@@ -50,28 +50,28 @@ def assert_same_course(ours: list[dict[str, float]], theirs: list[dict[str, floa
 
 
 @pytest.mark.parametrize("cut", ["2x4", "8x1", "3+3+2"])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", slow_but("phimoe", "qwen3_moe"))
 def test_loss_and_gradient_norm_do_not_depend_on_accumulation(
-    family: str, cut: str, tmp_path: Path, routing_without_noise: None
+    family: str, cut: str, tmp_path: Path, wholes: Path, routing_without_noise: None
 ) -> None:
     rows, accumulation = CUTS[cut]
     logs = train_logs(
         tmp_path, family=family, crossentropy_weight=0.5,
         per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
-    assert_same_course(logs, reference_logs(family, tmp_path / "whole"))
+    assert_same_course(logs, reference_logs(family, wholes))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", slow_but("phimoe", "qwen3_moe"))
 def test_loss_and_gradient_norm_do_not_depend_on_processes(
-    family: str, tmp_path: Path, routing_without_noise: None
+    family: str, tmp_path: Path, wholes: Path, routing_without_noise: None
 ) -> None:
     arguments = {
         "family": family, "crossentropy_weight": 0.5, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": True,
     }  # fmt: skip
     assert in_two_processes(save_train_logs, tmp_path, arguments) == [0, 0]
-    assert_same_course(json.loads((tmp_path / "logs.json").read_text()), reference_logs(family, tmp_path / "whole"))
+    assert_same_course(json.loads((tmp_path / "logs.json").read_text()), reference_logs(family, wholes))
 
 
 def test_gradient_equals_a_direct_computation(tmp_path: Path) -> None:
