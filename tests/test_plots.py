@@ -613,7 +613,10 @@ def pictures_of_size(layers: int, experts: int, stages: int, dense: int = 0) -> 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layers", "experts", "stages", "dense"), [(4, 8, 2, 0), (32, 16, 3, 0), (48, 128, 1, 1)])
+@pytest.mark.parametrize(
+    ("layers", "experts", "stages", "dense"),
+    [(4, 8, 2, 0), pytest.param(32, 16, 3, 0, marks=pytest.mark.slow), (48, 128, 1, 1)],
+)
 def test_every_text_is_on_the_sheet_large_enough_and_on_no_other(layers: int, experts: int, stages: int, dense: int):
     for picture in pictures_of_size(layers, experts, stages, dense):
         with plot_style.drawing_style():
