@@ -223,7 +223,7 @@ def test_repaired_weights_are_written_over_no_other_model(tmp_path: Path):
 
 def test_a_flag_of_run_wins_over_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.setattr(commands, "be_quiet", lambda: None)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     values = tiny_recipe(tmp_path)
     values["stages"][0]["calibration"]["reconstruct"] = True
     recipe = str(write_recipe(tmp_path, values))
