@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from slimmoe_hf.compare_results import Mean
@@ -40,9 +40,17 @@ class Found:
         found = [point for point in self.points if all(point[name] == value for name, value in wanted.items())]
         return sorted(found, key=lambda point: point["seed"])
 
-    def cell(self, cut: dict[str, Any], way: tuple[str, str], reconstructed: bool, **others: Any) -> str:
-        """Test loss: the mean over the seeds, and their range."""
-        found = [point["test_loss"] for point in self.at(cut, way, reconstructed, **others)]
+    def cell(
+        self,
+        cut: dict[str, Any],
+        way: tuple[str, str],
+        reconstructed: bool,
+        seeds: Collection[int] | None = None,
+        **others: Any,
+    ) -> str:
+        """Test loss: the mean over the seeds, or some of them, and their range."""
+        points = self.at(cut, way, reconstructed, **others)
+        found = [point["test_loss"] for point in points if seeds is None or point["seed"] in seeds]
         spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
         return f"{statistics.fmean(found):.3f}{spread}" if found else "-"
 
@@ -197,10 +205,12 @@ def recovered(found: Found) -> list[Plan]:
 
 
 def _recovery(found: Found) -> str:
-    rows = [("plan", "parameters", "active", *(f"{steps} steps" for steps in found.looks))]
+    rows = [("plan", "parameters", "active", "seeds", *(f"{steps} steps" for steps in found.looks))]
     for cut, way, again in recovered(found):
-        cells = (found.cell(cut, way, again, steps=steps) for steps in found.looks)
-        rows.append((f"{left(cut)}, {words(way)}{' + R' if again else ''}", *_size(found, cut), *cells))
+        seeds = [point["seed"] for point in found.at(cut, way, again, steps=found.looks[-1])]
+        cells = (found.cell(cut, way, again, seeds, steps=steps) for steps in found.looks)
+        plan = f"{left(cut)}, {words(way)}{' + R' if again else ''}"
+        rows.append((plan, *_size(found, cut), str(len(seeds)), *cells))
     return _table("Recovery at a quarter", rows)
 
 
@@ -251,5 +261,7 @@ def _verdict(found: Found) -> str:
             verdict = (
                 f" (target {wanted:g}: {'met' if mean.mean >= wanted else 'failed'})" if steps in (0, last) else ""
             )
-            lines.append(f"Better than plain narrowing by default after {steps} steps: {mean} nats{verdict}.")
+            lines.append(
+                f"Better than plain narrowing by default after {steps} steps: {mean} nats, {len(mean.values)} seed(s){verdict}."
+            )
     return "\n".join(lines)
