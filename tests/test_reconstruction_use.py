@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 import torch
 from recipes import tiny_recipe, write_recipe
 from runs import in_child, in_two_processes
@@ -223,7 +224,7 @@ def test_repaired_weights_are_written_over_no_other_model(tmp_path: Path):
 
 def test_a_flag_of_run_wins_over_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.setattr(commands, "be_quiet", lambda: None)
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(rich.get_console(), "_width", 400)
     values = tiny_recipe(tmp_path)
     values["stages"][0]["calibration"]["reconstruct"] = True
     recipe = str(write_recipe(tmp_path, values))
