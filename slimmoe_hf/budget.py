@@ -31,8 +31,8 @@ def parse_budget(given: int | str, whole: int, name: str) -> int:
     """The most parameters that a budget allows.
 
     Args:
-        given: A number, `7.6B`, `500M`, or `0.25x`, a share of the model's own. It is met at the precision it is written with:
-            7.648 billion parameters are 7.6B.
+        given: A number, `7.6B`, `500M`, or `0.25x`, a share of the model's own. It is met at the precision it is written with, up
+            to a hundredth over: 7.648 billion parameters are 7.6B, and 8.1 billion are not 8B.
         whole: The model's own.
         name: What to call it in errors.
 
@@ -51,7 +51,7 @@ def parse_budget(given: int | str, whole: int, name: str) -> int:
             )
         return int(share * whole)
     value, unit = parse_size(text, name)
-    return math.ceil(value + unit / 2) - 1
+    return int(value) + min(math.ceil(unit / 2) - 1, int(value) // 100)
 
 
 class Sizes:

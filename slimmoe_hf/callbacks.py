@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.repairs import Repairs
 from slimmoe_hf.resumption import load_weights, mark_complete, require_complete
 from slimmoe_hf.surgery import apply_plan, check_fits
 
@@ -134,6 +136,7 @@ class SlimmingCallback(TrainerCallback):
             apply_plan(model, self.plan)
         if rank_zero and not found:
             self.plan.save(folder)
+        self.plan = dataclasses.replace(self.plan, repairs=Repairs())  # as large as the weights, and written into them
         _barrier()
 
     def _compare_given(self, stored: CompressionPlan | None, folder: Path) -> None:

@@ -162,7 +162,7 @@ class _Outlook:
         reading, passing = 0.0, 0
         if calibration.stream:
             reading = parameter_counts(config).bytes(self.dtype) / _READ
-            passing = 2 * calibration.tokens * hidden * dtype.itemsize
+            passing = 2 * calibration.tokens * hidden * dtype.itemsize + carried
             what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
         device_bytes, host_bytes = self._held(memory, on_host)
         seconds, key = self._seconds(operations, on_host) + reading, f"stages.{number - 1}.calibration"

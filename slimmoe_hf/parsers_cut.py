@@ -72,7 +72,11 @@ def add_plan(commands: Any) -> None:
         "a budget",
         "find experts, width and groups: by prediction of statistics, by measuring the best of a model and --data",
     )
-    group.add_argument("--budget", metavar="SIZE", help="most parameters: 7.6B, 500M, or 0.25x of the model's")
+    group.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="most parameters: 7.6B, 500M (met within 1%%), or 0.25x of the model's",
+    )
     group.add_argument("--active-budget", metavar="SIZE", help="most parameters that a token meets")
     group.add_argument(
         "--candidates",

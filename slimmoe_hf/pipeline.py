@@ -217,7 +217,9 @@ class _Pipeline:
     ) -> CompressionPlan:
         given, where = self._calibration(calibration)
         if calibration.stream:
-            return stream_reconstruct(source, given, plan, work=work, dtype=calibration.dtype, device=where)
+            return stream_reconstruct(
+                source, given, plan, work=work, dtype=calibration.dtype, device=where, overwrite=True
+            )
         return reconstruct(load_model(source, calibration.dtype, where, whole=True), given, plan)
 
     def _calibration(self, calibration: Calibration) -> tuple[list[dict[str, Tensor]], torch.device]:

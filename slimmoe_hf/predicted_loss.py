@@ -123,9 +123,9 @@ def wanted_widths(stats: ExpertStats, experts: dict[int, Tensor], width: int) ->
         for layer, neurons_EF in zip(stats.meta.layers, _per_token(stats), strict=True)
     }
     every = torch.cat([row.flatten() for row in rows.values()])
-    number = width * sum(map(len, rows.values()))
-    least = every.topk(number).values[-1]
-    return {layer: float((row >= least).sum()) / len(row) for layer, row in rows.items()}
+    chosen = torch.zeros(len(every)).index_fill(0, every.topk(width * sum(map(len, rows.values()))).indices, 1)
+    parts = chosen.split([row.numel() for row in rows.values()])
+    return {layer: float(part.sum()) / len(row) for (layer, row), part in zip(rows.items(), parts, strict=True)}
 
 
 def _per_token(stats: ExpertStats) -> Tensor:

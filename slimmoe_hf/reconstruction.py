@@ -74,7 +74,8 @@ def reconstruct(
         ```
     """
     refuse_own_form(model)
-    check_repairable(plan, model.config, model_fingerprint(model), ridge)
+    fingerprint = model_fingerprint(model)
+    check_repairable(plan, model.config, fingerprint, ridge)
     if not cuts_outputs(plan):
         return plan
     given, whole = [dict(batch) for batch in batches], family_of(model.config).encoder_decoder
@@ -89,7 +90,8 @@ def reconstruct(
             with layer.listening() as wanted:
                 text.pass_by(view, wanted)
             found[view.index] = layer.solve(ridge)
-    return with_repairs(plan, found, Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=data_sha256))
+    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=data_sha256)
+    return with_repairs(plan, found, repairing, fingerprint)
 
 
 def check_repairable(plan: CompressionPlan, config: PreTrainedConfig, fingerprint: str | None, ridge: float) -> None:
@@ -123,17 +125,26 @@ def cuts_outputs(plan: CompressionPlan) -> bool:
     return bool(plan.neurons or plan.groups or plan.blends)
 
 
+def repair_values(plan: CompressionPlan) -> int:
+    """How many values `reconstruct` finds for a plan."""
+    after = plan.meta.after
+    blended = {layer: blend.number for layer, blend in plan.blends.items()}
+    experts = sum((dict.fromkeys(plan.neurons, after.num_experts) | blended).values())
+    attention = len(plan.groups) * after.query_heads * after.head_width
+    return after.hidden_size * (experts * after.expert_width + attention)
+
+
 def with_repairs(
-    plan: CompressionPlan, found: Mapping[int, Mapping[str, Tensor]], repairing: Repairing
+    plan: CompressionPlan, found: Mapping[int, Mapping[str, Tensor]], repairing: Repairing, fingerprint: str | None
 ) -> CompressionPlan:
-    """A plan with what `LayerRepair.solve` found of each of its layers."""
+    """A plan with what `LayerRepair.solve` found of each of its layers, and the fingerprint of the weights they stand for."""
     kinds = {kind: {n: each[kind] for n, each in found.items() if kind in each} for kind in ("down_proj", "o_proj")}
     shares = ("experts_repaired", "attention_repaired")
     layers = [
         each.model_copy(update={name: float(found[each.index][name]) for name in shares if name in found[each.index]})
         for each in plan.meta.layers
     ]
-    meta = plan.meta.model_copy(update={"repairing": repairing, "layers": layers})
+    meta = plan.meta.model_copy(update={"repairing": repairing, "layers": layers, "fingerprint": fingerprint})
     repaired = dataclasses.replace(plan, meta=meta, repairs=Repairs(**kinds))
     repaired.check()
     return repaired

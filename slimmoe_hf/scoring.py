@@ -65,7 +65,20 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
     if not args.stream:
         model, stats, given = scored_model(args)
         return reconstruct(model, given, decided(stats))
-    plan = decided(scored(args, output))
+    return rebuilt(args, output, decided(scored(args, output)))
+
+
+def rebuilt(args: argparse.Namespace, output: Path, plan: CompressionPlan) -> CompressionPlan:
+    """A plan of a model that is streamed, reconstructed on the text that was scored.
+
+    Args:
+        args: As the parser has them.
+        output: As in `scored`.
+        plan: Of the model.
+
+    Raises:
+        ValueError: As `stream_reconstruct`.
+    """
     path, _, given = _inputs(args)
     return stream_reconstruct(
         path, given, plan, work=_repairs(output), dtype=args.calibration_dtype, device=_place(args),

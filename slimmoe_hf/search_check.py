@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.evaluation import measure_loss
 from slimmoe_hf.families import family_of, moe_layers, refuse_encoder_decoder
+from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.search import Candidate, Search, calibrated, finished
@@ -74,6 +75,8 @@ def check_search(
     refuse_encoder_decoder(model.config, "a search")
     if found.stats_sha256 != stats.sha256:
         raise ValueError("the search was made on other statistics. Give those that search_plan was given.")
+    if stats.meta.fingerprint not in (None, model_fingerprint(model)):
+        raise ValueError("the statistics are of a model with other weights. Score this model.")
     if number < 1:
         raise ValueError(f"number={number}: check at least one shape.")
     check = _Check(model, stats, found, rows_NT, list(batches), rebuild, batch_size)

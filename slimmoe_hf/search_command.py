@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedConfig
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.budget import Sizes
@@ -20,9 +21,10 @@ from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
 from slimmoe_hf.plan import CompressionPlan, Target
 from slimmoe_hf.plots import png
 from slimmoe_hf.plots.frontier import picture_of
-from slimmoe_hf.scoring import remove_work, scored, scored_model
+from slimmoe_hf.scoring import rebuilt, remove_work, scored, scored_model
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search
+from slimmoe_hf.sources import open_source
 from slimmoe_hf.stats import ExpertStats
 
 _SHOWN = 12  # of shapes that were not measured
@@ -48,14 +50,19 @@ def search(args: argparse.Namespace) -> None:
         raise ValueError("plan --budget takes one model, or one statistics file (see slimmoe plan --help)")
     args.model = args.inputs[0]
     if Path(args.model).is_file():
+        if args.reconstruct or args.data is not None:
+            raise ValueError(f"{args.model}: of statistics alone nothing is measured or reconstructed. Give the model.")
         stats, checked = ExpertStats.load(args.model), None
         found = _searched(args, stats)
         plan = found.plan(stats)
     elif args.stream:
         require(args, "data")
+        _check_request(args, load_config(open_source(args.model, args.revision).folder))
         stats, checked = scored(args, output), None
         found = _searched(args, stats)
         plan = found.plan(stats)
+        if args.reconstruct is not False:
+            plan = rebuilt(args, output, plan)
     else:
         stats, checked = _checked(args)
         found, plan = checked.search, checked.plan
@@ -82,10 +89,7 @@ def _checked(args: argparse.Namespace) -> tuple[ExpertStats, Checked]:
     if args.candidates < 1:
         raise ValueError(f"--candidates {args.candidates}: measure at least 1.")
     path = find_checkpoint(args.model, args.revision)
-    config = load_config(path)
-    refuse_encoder_decoder(config, "--budget")
-    Sizes(config).limits(args.budget, args.active_budget)
-    check_criteria(args.criterion, args.expert_criterion, neurons=True, experts=True)
+    _check_request(args, load_config(path))
     text = _validation(args, path)
     model, stats, given = scored_model(args)
     found, rebuild = _searched(args, stats), args.reconstruct is not False
@@ -94,13 +98,23 @@ def _checked(args: argparse.Namespace) -> tuple[ExpertStats, Checked]:
     )  # fmt: skip
 
 
+def _check_request(args: argparse.Namespace, config: PreTrainedConfig) -> None:
+    """Raise ValueError for what would otherwise be found out after the sweep."""
+    refuse_encoder_decoder(config, "--budget")
+    Sizes(config).limits(args.budget, args.active_budget)
+    check_criteria(args.criterion, args.expert_criterion, neurons=True, experts=True)
+
+
 def _validation(args: argparse.Namespace, path: Path) -> HeldOut:
-    """Validation text, without documents that are in the train split too: those may have been calibrated on."""
-    trained = {document_hash(row) for row in read_documents(args)}
+    """Validation text, without documents that were calibrated on or that a test of the result may read."""
+    read = [read_documents(args), load_documents(args.data, "test", args.data_revision)]
+    elsewhere = {document_hash(row) for split in read for row in split}
     documents = load_documents(args.data, "validation", args.data_revision)
-    apart = [place for place, row in enumerate(documents) if document_hash(row) not in trained]
+    apart = [place for place, row in enumerate(documents) if document_hash(row) not in elsewhere]
     if not apart:
-        raise ValueError(f"{args.data}: every document of the validation split is in train too. Bring other text.")
+        raise ValueError(
+            f"{args.data}: every document of the validation split is in train or test too. Bring other text."
+        )
     return held_out(documents.select(apart), load_tokenizer(path), args.max_length, args.validation_tokens)
 
 

@@ -14,7 +14,7 @@ from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.reconstruction import RIDGE, check_repairable, cuts_outputs, seen_in, with_repairs
+from slimmoe_hf.reconstruction import RIDGE, check_repairable, cuts_outputs, repair_values, seen_in, with_repairs
 from slimmoe_hf.repairs import Repairing
 from slimmoe_hf.taps import Batch, Sweep
 from slimmoe_hf.walk import Walk, WalkFolder
@@ -58,18 +58,19 @@ def stream_reconstruct(
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     given = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
     blocks = Blocks(path, kind, torch.device(device))
-    check_repairable(plan, blocks.config, blocks.fingerprint(), ridge)
+    fingerprint = blocks.fingerprint()
+    check_repairable(plan, blocks.config, fingerprint, ridge)
     if not cuts_outputs(plan):
         return plan
     seen = seen_in(given)
     seen.require_tokens()
     request = {
-        "plan": plan.sha256, "ridge": ridge, "weights": blocks.fingerprint(), "text": seen.sha256, "dtype": str(kind),
+        "plan": plan.sha256, "ridge": ridge, "weights": fingerprint, "text": seen.sha256, "dtype": str(kind),
         "batches": [list(batch["input_ids"].shape) for batch in given], "device": torch.device(device).type,
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk = Walk(blocks, given, folder.path / "layers")
-        walk.require_room(2, "fewer --tokens")
+        walk.require_room(2, "fewer --tokens", repair_values(plan) * kind.itemsize)
         done = len(walk.have("repairs"))
         order = [*([] if done in walk.have("inputs") else [EMBEDDINGS]), *range(done, walk.layers)]
         visits = blocks.visit(order, fresh=order)
@@ -79,7 +80,8 @@ def stream_reconstruct(
             else:
                 _repair(walk, part, plan, ridge)
         found = {layer: load_file(walk.file("repairs", layer)) for layer in range(walk.layers)}
-    return with_repairs(plan, found, Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=seen.sha256))
+    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=seen.sha256)
+    return with_repairs(plan, found, repairing, fingerprint)
 
 
 @torch.no_grad()

@@ -146,13 +146,17 @@ class Walk:
         """The layers for which something is kept."""
         return sorted(int(file.name[len(kind) + 1 :]) for file in self._folder.glob(f"{kind}-*"))
 
-    def require_room(self, files: int, remedy: str) -> None:
-        """Raise ValueError if the disk cannot hold so many files of what passes between layers; `remedy` is to be given."""
+    def require_room(self, files: int, remedy: str, beside: int = 0) -> None:
+        """Raise ValueError if the disk cannot hold so many files of what passes between layers, and so many bytes `beside`.
+
+        `remedy` is to be given.
+        """
         begun = sum(file.stat().st_size for file in self._folder.iterdir())
-        free, needed = psutil.disk_usage(str(self._folder)).free + begun, files * self.bytes
+        free, needed = psutil.disk_usage(str(self._folder)).free + begun, files * self.bytes + beside
         if needed > free:
             raise ValueError(
-                f"{self._folder}: the inputs of {files} layers take {needed / 1e9:,.1f} GB and the disk has "
+                f"{self._folder}: the inputs of {files} layers{' and what is found' if beside else ''} take "
+                f"{needed / 1e9:,.1f} GB and the disk has "
                 f"{free / 1e9:,.1f} GB free. Give {remedy}, or an --output on a larger disk."
             )
 

@@ -72,7 +72,16 @@ def test_both_budgets_are_kept_and_widths_are_multiples_of_64_where_there_are_ma
 
 
 @pytest.mark.parametrize(
-    ("text", "most"), [("7.6B", 7_649_999_999), ("500M", 500_499_999), ("0.25x", 250), (123, 123), ("77", 77)]
+    ("text", "most"),
+    [
+        ("7.6B", 7_649_999_999),
+        ("500M", 500_499_999),
+        ("0.25x", 250),
+        (123, 123),
+        ("77", 77),
+        ("8B", 8_080_000_000),
+        ("1e9", 1_010_000_000),
+    ],
 )
 def test_a_budget_is_read_as_it_is_written(text, most):
     assert parse_budget(text, 1000, "budget") == most
@@ -217,6 +226,22 @@ def test_from_the_command_line_to_a_slimmed_checkpoint(tmp_path: Path, capsys):
     assert AutoConfig.from_pretrained(slimmed).intermediate_size == after.expert_width
 
 
+def test_streamed_statistics_are_reconstructed_too_and_those_alone_are_not(tmp_path: Path, capsys):
+    model = save_tiny(tmp_path / "model")
+    data = ("--data", str(write_text(tmp_path / "text.jsonl", 200)), "--max-length", "32", "--tokens", "1000")
+    plan, stats = str(tmp_path / "plan"), str(tmp_path / "stats.safetensors")
+    assert cli.main(["plan", str(model), "--budget", "0.8x", "--stream", *data, "--output", plan]) == 0
+    made = CompressionPlan.load(plan)
+    assert made.meta.repairing is not None and made.repairs.down_proj
+    assert cli.main(["score", str(model), *data, "--output", stats]) == 0
+    capsys.readouterr()
+    alone = ["plan", stats, "--budget", "0.8x", "--output", str(tmp_path / "other")]
+    assert cli.main([*alone, "--reconstruct"]) == 2
+    assert "of statistics alone nothing is measured or reconstructed" in capsys.readouterr().err
+    assert cli.main(alone) == 0
+    assert CompressionPlan.load(tmp_path / "other").meta.repairing is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -225,6 +250,7 @@ def test_from_the_command_line_to_a_slimmed_checkpoint(tmp_path: Path, capsys):
         (("--budget", "0.8x", "--data", "x", "--split", "validation"), "Score on train"),
         (("--budget", "0.8x", "--data", "x", "--candidates", "0"), "measure at least 1"),
         (("--budget", "10", "--data", "x"), "cannot be met: the smallest shape"),
+        (("--budget", "10", "--data", "x", "--stream"), "cannot be met: the smallest shape"),
         (("--expert-width", "16", "--data", "x"), "plan takes --data and --reconstruct with --budget only"),
     ],
 )
