@@ -211,14 +211,9 @@ def weight_files(path: Path) -> list[Path]:
         if (path / SINGLE).is_file():
             return [path / SINGLE]
         raise ValueError(f"{path}: no {SINGLE} and no {INDEX}. Pickled weights are not read: convert them.")
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map, so it does not say where the weights are.")
+    weight_map = read_index(path)
     files: dict[Path, str] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index}: {tensor} points outside the folder ({name}); refused.")
         files.setdefault(path / name, tensor)
     for file, tensor in files.items():
         if not file.is_file():
@@ -228,6 +223,23 @@ def weight_files(path: Path) -> list[Path]:
         if absent := promised - read_header(file).keys():
             raise ValueError(f"{file}: lacks {min(absent)}, which the index says it holds. Fetch it again.")
     return sorted(files)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """In which file each tensor of a sharded checkpoint is, as its index says; the files need not be there.
+
+    Raises:
+        ValueError: The index says nothing, or points outside the folder.
+    """
+    index = path / INDEX
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map, so it does not say where the weights are.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: {tensor} points outside the folder ({name}); refused.")
+    return weight_map
 
 
 def weights_sha256(path: Path) -> str:

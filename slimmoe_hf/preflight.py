@@ -31,7 +31,7 @@ from slimmoe_hf.plan import Target
 from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
-from slimmoe_hf.sources import fetch_weights, has_weights, open_source
+from slimmoe_hf.sources import arrived, fetch_weights, has_weights, open_source
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.terms import Terms
 
@@ -46,7 +46,7 @@ class Outline:
         config, teacher_config: Of the two. after: The configs after every stage.
         arguments: Training arguments of every stage.
         dtype: What checkpoints are saved in.
-        download: Bytes of weights to be fetched from the Hub.
+        download: Bytes of weights that are still to be fetched from the Hub.
     """
 
     model: Path
@@ -123,7 +123,7 @@ def outline(recipe: Recipe, elsewhere: bool = False) -> Outline:
     dtype = recipe.dtype or dtype_name(config)
     remote = {model: (recipe.model, config), **({teacher: (recipe.teacher, teacher_config)} if recipe.teacher else {})}
     download = sum(
-        count_parameters(meta_model(each))[0] * getattr(torch, dtype_name(each)).itemsize
+        max(0, count_parameters(meta_model(each))[0] * getattr(torch, dtype_name(each)).itemsize - arrived(folder))
         for folder, (name, each) in remote.items()
         if is_remote(name) and not has_weights(folder)
     )

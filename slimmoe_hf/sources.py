@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError  # type: ignore[attr-defined]
+from huggingface_hub.utils import SafetensorsFileMetadata
 from rich import get_console
 from rich.progress import track
 
-from slimmoe_hf.loading import find_checkpoint, weight_files
-from slimmoe_hf.shards import Stored, read_header
+from slimmoe_hf.loading import find_checkpoint, read_index, weight_files
+from slimmoe_hf.shards import INDEX, Stored, read_header
+
+_AT_ONCE = 8  # headers, each a small answer of the Hub that takes a while
 
 
 class LocalSource:
@@ -84,16 +89,24 @@ class HubSource:
             ValueError: It has no safetensors files, or the Hub cannot be reached.
         """
         try:
-            files = HfApi().get_safetensors_metadata(self.name, revision=self.revision).files_metadata
+            files = self._headers()
         except (OSError, HTTPError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
             raise ValueError(f"{self.name}: no safetensors to be had: {str(error).strip().splitlines()[0]}") from error
-        if outside := [file for file in files if Path(file).name != file]:
-            raise ValueError(f"{self.name}: the index points outside the folder ({outside[0]}); refused.")
         return {
             name: Stored(name, file, tensor.dtype, tuple(tensor.shape), *tensor.data_offsets)
             for file, metadata in files.items()
             for name, tensor in metadata.tensors.items()
         }
+
+    def _headers(self) -> dict[str, SafetensorsFileMetadata]:
+        """What weight files say of themselves: those of the index, as `weight_files` has it; the Hub's client prefers
+        a single file, which a repository may have beside its shards."""
+        if not (self.folder / INDEX).exists():
+            return HfApi().get_safetensors_metadata(self.name, revision=self.revision).files_metadata
+        names = sorted(set(read_index(self.folder).values()))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            read = partial(HfApi().parse_safetensors_file_metadata, self.name, revision=self.revision)
+            return dict(zip(names, pool.map(read, names), strict=True))
 
     def missing(self) -> dict[str, int]:
         """Weight files that are not in the Hub's cache, and their sizes, from their headers.
@@ -164,6 +177,11 @@ def has_weights(folder: Path) -> bool:
         return bool(weight_files(folder))
     except ValueError:
         return False
+
+
+def arrived(folder: Path) -> int:
+    """Bytes of the weight files in a folder, whether they are all of a checkpoint's or not."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def fetch_weights(*sources: LocalSource | HubSource) -> list[Path]:

@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,23 +26,15 @@ def serving(root: Path, users: bool = False) -> Iterator[str]:
         known = {TOKEN: {"name": "me", "role": "write"}, READER: {"name": "me", "role": "read"}}
         hashed = {hashlib.sha256(token.encode()).hexdigest(): user for token, user in known.items()}
         (root / "users.json").write_text(json.dumps(hashed))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root), str(port)])
-    endpoint = f"http://127.0.0.1:{port}"
-    for _ in range(100):
+    command = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            urllib.request.urlopen(f"{endpoint}/nothing", timeout=5)
-        except urllib.error.HTTPError:
-            break
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    try:
-        yield endpoint
-    finally:
-        server.kill()
-        server.wait()
+            assert server.stdout is not None
+            port = server.stdout.readline().strip()  # it listens by now, and the port is nobody else's
+            assert port, "the Hub did not start"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
 
 
 def environment(endpoint: str, home: Path, token: str = "any", **changed: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The Hub's HTTP interface, reading and pushing, over a folder of repositories, in a process of its own.
 
-python tests/hub_server.py ROOT PORT
+python tests/hub_server.py ROOT
+
+It takes a free port and prints it.
 
 A repository is ROOT/owner/name, as `main` has it: put a folder there and it can be read. Other branches, uploaded but
 uncommitted objects and what is known of repositories lie under ROOT/.hub. Every GET of a file is a line in
@@ -393,4 +395,6 @@ class Hub(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     Hub.store = Store(Path(sys.argv[1]))
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Hub).serve_forever()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    print(server.server_port, flush=True)
+    server.serve_forever()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,27 @@ def test_a_hub_that_does_not_answer_is_one_line(slim):
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: someone/tiny-moe: the Hub did not give it")
+
+
+def test_of_a_repository_that_has_a_single_file_too_the_shards_are_fetched_and_what_is_here_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    repository = saved(tmp_path / "hub" / "someone" / "both", tiny_model("phimoe"), shard="100KB")
+    shards = sorted(file.name for file in repository.glob("*.safetensors"))
+    shutil.copyfile(repository / shards[0], repository / "model.safetensors")
+    (tmp_path / "teacher").mkdir()  # none is needed
+    recipe = parse_recipe({**tiny_recipe(tmp_path), "model": "someone/both"}, "recipe")
+    with serving(tmp_path / "hub") as endpoint:
+        use_here(monkeypatch, endpoint, tmp_path / "home")
+        source = sources.HubSource("someone/both", None)
+        missing, whole = source.missing(), outline(recipe).download
+        assert sorted(missing) == shards and sum(missing.values()) == whole
+        source.fetch(shards[0])
+        left = outline(recipe).download
+        assert 0 < left <= whole - missing[shards[0]] and sorted(source.missing()) == shards[1:]
+        sources.fetch_weights(source)
+        assert outline(recipe).download == 0 and source.missing() == {}
+    assert not (source.folder / "model.safetensors").exists()
 
 
 @pytest.mark.slow  # a Hub of its own, and six sweeps
