@@ -253,7 +253,7 @@ class CacheWriter:
 
 
 def _refuse_other(place: Path, spec: CacheSpec) -> None:
-    """Continue only the cache of the same spec."""
+    """Continue only the cache of the same spec; a commit that changed neither weights nor config is no other teacher."""
     file = place / REQUEST
     if not file.exists():
         return
@@ -262,6 +262,9 @@ def _refuse_other(place: Path, spec: CacheSpec) -> None:
     except ValidationError:
         raise ValueError(f"{file}: damaged. --overwrite starts the cache over.") from None
     asked = spec.model_dump(mode="json")
+    hashes = [(each["weights_sha256"], each["config_sha256"]) for each in (begun, asked)]
+    if hashes[0] == hashes[1] and None not in hashes[0]:
+        begun["revision"] = asked["revision"]  # offline there is none
     begun, asked = ({**each, **each.pop("data")} for each in (begun, asked))
     differing = [
         f"{name} was {begun.get(name)}, now it is {asked.get(name)}"

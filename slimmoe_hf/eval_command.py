@@ -22,7 +22,7 @@ from slimmoe_hf.lineage import public_name
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model, weights_sha256
 from slimmoe_hf.preflight import check_teacher, device, dtype_name
 from slimmoe_hf.recipe import Recipe, parse_recipe
-from slimmoe_hf.report import Report, aligned, readme, speed, task_rows
+from slimmoe_hf.report import ModelReport, Report, aligned, readme, speed, task_rows
 from slimmoe_hf.rundir import LOCK, RECIPE, REPORT, STEPS
 from slimmoe_hf.yaml_files import read_yaml
 
@@ -94,20 +94,25 @@ def _subject(args: argparse.Namespace) -> _Subject:
         if weights_sha256(path) != models[-1].weights_sha256:
             raise ValueError(f"{path}: not the weights that {run / REPORT} is about. Name that folder to evaluate it.")
         if teacher is None and args.tasks:
-            teacher = _teacher_of(run, models[0].path)
+            teacher = _teacher_of(run, models[0])
         original = teacher is not None and weights_sha256(teacher) == models[0].weights_sha256
     if teacher is not None:
         check_teacher(teacher, load_config(path, shared=True), tokenizer)
     return _Subject(path, teacher, run, original)
 
 
-def _teacher_of(run: Path, path: str) -> Path | None:
-    """The folder of a run's original model, as the report or the recipe knows it."""
+def _teacher_of(run: Path, teacher: ModelReport) -> Path | None:
+    """The folder of a run's original model, as the report or the recipe knows it; of one that was streamed, none."""
+    if teacher.streamed:  # tasks hold a model whole, which the run took care not to
+        get_console().log("the teacher was streamed: only the model is given the tasks; --teacher names it")
+        return None
     recipe = _recipe(run)
-    for place in (run / path, Path(recipe.teacher or recipe.model)):
+    for place in (run / teacher.path, Path(recipe.teacher or recipe.model)):
         if place.is_dir():
             return place
-    get_console().log(f"the run's teacher is not here ({path}): only the model is given the tasks. --teacher names it.")
+    get_console().log(
+        f"the run's teacher is not here ({teacher.path}): only the model is given the tasks. --teacher names it."
+    )
     return None
 
 

@@ -32,9 +32,14 @@ def _remedy(recipe: Recipe, short: Shortage, machine: Machine, text: Text | None
     name, asked = short.step.name, f"{short.needed / 1e9:.1f} GB of {short.what}, {short.free / 1e9:.1f} free"
     changed, said, least = recipe, [], short.needed
     for setting, change in _changes(recipe, name):
-        changed = change(changed)
+        candidate = change(changed)
+        try:
+            found = outline(candidate, elsewhere)
+        except ValueError:
+            continue  # no remedy for this recipe: a cache does not serve every loss
+        changed = candidate
         said.append(setting)
-        steps = outlook(changed, outline(changed, elsewhere), machine, text)
+        steps = outlook(changed, found, machine, text)
         step = next(each for each in steps if each.name == name)
         least = step.memory if short.what == "memory" else step.host
         if not shortages([step], machine):
@@ -56,7 +61,9 @@ def _changes(recipe: Recipe, step: str) -> Iterator[Change]:
             lambda it: it.model_copy(update={"evaluation": it.evaluation.model_copy(update={"batch_size": 1})}),
         )
     if step == TEACHER and not recipe.streams_teacher:
-        yield "teacher_cache: {stream: true}", lambda it: _cached(it, stream=True)
+        there = recipe.teacher_cache is not None
+        setting = "teacher_cache.stream: true" if there else "teacher_cache: {stream: true}"
+        yield setting, lambda it: _cached(it, stream=True)
     if not step.startswith("stage-"):
         return
     number = int(step.removeprefix("stage-").partition("/")[0]) - 1

@@ -28,7 +28,7 @@ from slimmoe_hf.answers import CHUNK_BYTES
 from slimmoe_hf.cache import CacheCollator, TeacherCache
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.cache_format import CacheSpec, normalised, text_key
-from slimmoe_hf.cache_writer import CacheWriter, top_k_answers
+from slimmoe_hf.cache_writer import CacheWriter, _refuse_other, top_k_answers
 from slimmoe_hf.data import batches, tokenize
 from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.loading import weights_sha256
@@ -430,6 +430,23 @@ def test_another_teacher_is_refused_with_the_difference(teacher: Any, tmp_path: 
     (place / "request.json").write_text(written(teacher, tmp_path / "other").spec.model_dump_json())
     with pytest.raises(ValueError, match="another request: fingerprint was "):
         written(tiny_model("phimoe", seed=9), tmp_path / "c")
+
+
+KNOWN = {"weights_sha256": "1" * 64, "config_sha256": "2" * 64}
+
+
+@pytest.mark.parametrize("now", [None, "b" * 40], ids=["offline", "a commit later"])
+def test_the_same_weights_at_another_commit_are_the_same_teacher(now: str | None, cache: TeacherCache, tmp_path: Path):
+    begun = cache.spec.model_copy(update={**KNOWN, "revision": "a" * 40})
+    (tmp_path / "request.json").write_text(begun.model_dump_json())
+    _refuse_other(tmp_path, begun.model_copy(update={"revision": now}))
+    for changed in ({"weights_sha256": "3" * 64}, {"config_sha256": None}):
+        with pytest.raises(ValueError, match=r"another request: revision was a.*_sha256 was "):
+            _refuse_other(tmp_path, begun.model_copy(update={"revision": now, **changed}))
+    unknown = begun.model_copy(update=dict.fromkeys(KNOWN))
+    (tmp_path / "request.json").write_text(unknown.model_dump_json())
+    with pytest.raises(ValueError, match="another request: revision was a"):
+        _refuse_other(tmp_path, unknown.model_copy(update={"revision": now}))
 
 
 def _write_in_two(folder: Path) -> None:

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich
 import torch
 import yaml
 from recipes import tiny_recipe
 from tiny import documents, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimmoe_hf import cli, commands, harness
+from slimmoe_hf import cli, commands, eval_command, harness
 from slimmoe_hf.evaluation import measure_loss
 from slimmoe_hf.harness import SPELLINGS, TaskResult, load_tasks, run_tasks
 from slimmoe_hf.loading import load_model
@@ -239,6 +240,29 @@ def test_results_of_a_run_are_added_to_its_report_beside_those_of_its_teacher(wh
     assert text == readme(more, "finished/teacher").replace("finished/teacher", text.split("`")[1])
     published = Report.load(finished / "model" / "report.json")
     assert published.models[-1].tasks == more.models[-1].tasks, "what is published with the model knows them too"
+
+
+def test_a_teacher_that_was_streamed_is_not_loaded_for_tasks(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    given: list[Path | None] = []
+
+    def put(tasks: object, subject: Any, batch_size: int) -> dict[str, list[TaskResult]]:
+        given.append(subject.teacher)
+        return {"model": []}
+
+    monkeypatch.setattr(eval_command, "load_tasks", lambda *_: object())
+    monkeypatch.setattr(eval_command, "_put", put)
+    monkeypatch.setattr(eval_command, "_add_to_report", lambda *_: None)
+    rich.reconfigure(width=400)
+    for streamed in (False, True):
+        report = json.loads((finished / "report.json").read_text())
+        report["models"][0]["streamed"] = streamed
+        (finished / "report.json").write_text(json.dumps(report))
+        assert cli.main(["eval", str(finished), "--tasks", "tiny_choice"]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("the teacher was streamed: only the model is given the tasks; --teacher names it") == 1
+    assert given[0] is not None and given[1] is None
 
 
 def test_a_report_of_before_there_were_tasks_loads_and_shows_none(finished: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_what_no_setting_makes_fit_is_said_to_need_a_larger_machine(tmp_path: Pa
         "it still needs" in distil and "take a larger machine (A100-80GB, H100-80GB, A6000-48GB, 4090-24GB)" in distil
     )
     assert "teacher_cache: {stream: true} and stages.0.distillation.per_device_train_batch_size: 1" in distil
+
+
+def test_a_cache_that_does_not_serve_the_loss_is_no_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And where there is one already, its setting is named, not the block."""
+    values = tiny_recipe(tmp_path)
+
+    def steps(recipe: Recipe, *_: object) -> list[Step]:
+        return [Step(TEACHER, "", 0 if recipe.streams_teacher else 10**10, 0, 0, 0.0)]
+
+    def said(loss: dict[str, Any], **changes: Any) -> str:
+        stages = [stage | {"distillation": stage["distillation"] | loss} for stage in values["stages"]]
+        recipe = parse_recipe({**values, "stages": stages, **changes}, "recipe.yaml")
+        (line,) = remedies(recipe, steps(recipe), CPU, None, elsewhere=True)
+        return line
+
+    monkeypatch.setattr("slimmoe_hf.remedies.outlook", steps)
+    for loss in ({"beta": 0.5}, {"router_logits_weight": 0.1}, {"loss_top_k": 100}):
+        assert "with evaluation.batch_size: 1 it still needs 10.0 GB: take a larger machine" in said(loss)
+    assert "1.0 free. Set evaluation.batch_size: 1 and teacher_cache: {stream: true}: 0.0 GB" in said({})
+    assert "1 and teacher_cache.stream: true: 0.0 GB" in said({}, teacher_cache={"top_k": 8})
 
 
 def test_an_offloaded_teacher_moves_from_the_gpu_to_the_host(tmp_path: Path):
