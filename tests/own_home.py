@@ -13,6 +13,7 @@ CACHES = {
     "HF_HOME": "huggingface", "TRACKIO_DIR": "trackio", "MPLCONFIGDIR": "matplotlib", "TORCH_EXTENSIONS_DIR": "torch",
     "TRITON_HOME": "triton", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "XDG_DATA_HOME": "data",
 }  # fmt: skip
+FOREIGN = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRACKIO_")  # tokens and caches, by old names too
 FOLDER = "SLIMMOE_TESTS"
 
 
@@ -21,7 +22,7 @@ def _made() -> tempfile.TemporaryDirectory[str] | None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return None
     folder = tempfile.TemporaryDirectory(prefix="slimmoe-tests-", ignore_cleanup_errors=True)
-    for name in [name for name in os.environ if name.startswith(("HF_", "TRACKIO_"))]:
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     places = {name: str(Path(folder.name, own)) for name, own in CACHES.items()}
     os.environ.update({FOLDER: folder.name, "HF_HUB_OFFLINE": "1", **places})

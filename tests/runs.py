@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -69,6 +70,7 @@ def cached(folder: Path, rows: Any = None, family: str = "mixtral", **settings: 
     return str(folder)
 
 
+_numbers = itertools.count(os.getpid())
 TRAINER_KEYWORDS = (
     "teacher_model", "train_dataset", "eval_dataset", "callbacks", "peft_config", "compute_loss_func", "data_collator"
 )  # fmt: skip
@@ -85,9 +87,7 @@ def in_child(function: Callable[..., None], *arguments: Any) -> int:
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> list[int]:
     """Run in two forked processes that find each other over gloo, as `torchrun` would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _port()
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=_ranked, args=(rank, port, function, arguments)) for rank in range(2)]
     for child in children:
@@ -95,6 +95,19 @@ def in_two_processes(function: Callable[..., None], *arguments: Any) -> list[int
     for child in children:
         child.join(120)
     return [child.exitcode if child.exitcode is not None else -1 for child in children]
+
+
+def _port() -> int:
+    """One that is free and stays so until it is used: no socket is given one below 32,768 unasked, and no other worker's."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 10_000 + worker % 4 * 5_000 + next(_numbers) % 5_000
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _ranked(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

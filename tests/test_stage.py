@@ -120,7 +120,7 @@ def patched(folder: Path, body: str) -> dict[str, str]:
     folder.mkdir()
     lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
     (folder / "sitecustomize.py").write_text(PATCH.format(body=lines))
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 FAILING = """
@@ -139,8 +139,8 @@ if os.environ["RANK"] == "1" and pathlib.Path({flag!r}).exists():
 @pytest.mark.parametrize(
     ("action", "cause", "continued"),
     [
-        ('raise ValueError("no room\\nfor it")', "process 1 stopped: no room for it", False),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 was ended by SIGKILL", True),
+        ('raise ValueError("no room\\nfor it")', "process 1 stopped: no room for it", True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 was ended by SIGKILL", False),
     ],
 )
 def test_a_process_that_fails_is_one_line_and_the_same_command_continues(
@@ -156,7 +156,8 @@ def test_a_process_that_fails_is_one_line_and_the_same_command_continues(
     assert error.startswith("error: stage-1: ") and cause in error and "launched/log.txt" in error
     assert not (tmp_path / "run/stage-1/model").exists()
     if not continued:
-        return  # as after the other: four processes that import everything
+        return  # as when the parent was killed, below: four processes that import everything
+    assert list((tmp_path / "run/stage-1/launched").glob("failure-*.txt")), "and it does not spoil the next start"
     flag.unlink()
     code, said = says(slimmoe(recipe), environment)
     assert code == 0 and "continues from checkpoint-2" in said, said
