@@ -19,8 +19,6 @@ from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
 from slimmoe_hf.plan import CompressionPlan, Target
-from slimmoe_hf.plots import png
-from slimmoe_hf.plots.frontier import picture_of
 from slimmoe_hf.scoring import rebuilt, remove_work, scored, scored_model
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search
@@ -120,6 +118,9 @@ def _validation(args: argparse.Namespace, path: Path) -> HeldOut:
 
 def _write(found: Search, plan: CompressionPlan, output: Path, overwrite: bool) -> None:
     """The plan's folder, as `CompressionPlan.save` makes it, with the search beside the plan."""
+    from slimmoe_hf.plots import png  # matplotlib takes long to import
+    from slimmoe_hf.plots.frontier import picture_of
+
     picture = picture_of(found)
     with replacing(output, overwrite) as partial:
         plan.save(partial)
