@@ -114,7 +114,7 @@ class Blocks:
         seconds_reading, seconds_placing: For a byte of the decoder layer that was read last.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, path: Path, dtype: str | torch.dtype, device: str | torch.device) -> None:
         """Build the model without its weights.
 
         Args:
@@ -126,6 +126,7 @@ class Blocks:
             ValueError: As `disk.locate`; or the model changes embeddings before its first layer, so that it cannot be
                 begun at another one.
         """
+        dtype, device = getattr(torch, dtype) if isinstance(dtype, str) else dtype, torch.device(device)
         self.config, self.dtype, self.device = load_config(path), dtype, device
         self.config.dtype = dtype
         self.seconds_reading = self.seconds_placing = 0.0

@@ -191,6 +191,15 @@ class Seen:
             raise ValueError("the calibration data has no tokens. Give at least one sequence.")
 
 
+def seen_in(batches: Iterable[Batch], encoder_decoder: bool = False) -> Seen:
+    """What text some batches hold, padding left out."""
+    seen, sweep = Seen(), Sweep(encoder_decoder)
+    for batch in batches:
+        sweep.start(batch)
+        seen.add(batch, sweep)
+    return seen
+
+
 def _backward(
     model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int, sweep: Sweep
 ) -> None:

@@ -272,6 +272,28 @@ def evaluate_checkpoint(
     model = load_model(path, dtype=dtype, device=device)
     swept = measure_loss(model, data.rows_NT, batch_size, teacher, progress)
     speed = measure_speed(model, data.rows_NT[:1, :PROMPT], NEW_TOKENS)
+    return measurement_of(
+        path,
+        model,
+        data,
+        swept,
+        samples=generate_text(model, tokenizer, prompts, max_new_tokens),
+        prefill_tokens_per_second=speed.prefill_tokens_per_second,
+        decode_tokens_per_second=speed.decode_tokens_per_second,
+        peak_memory=speed.peak_memory,
+    )
+
+
+def measurement_of(path: Path, model: PreTrainedModel, data: HeldOut, swept: Sweep, **more: Any) -> Measurement:
+    """A sweep with what else is known of the checkpoint.
+
+    Args:
+        path: Its folder.
+        model: Of its sizes; its weights are not looked at.
+        data: What was swept.
+        swept: What was found.
+        more: Other fields.
+    """
     total, active = count_parameters(model)
     return Measurement(
         total_parameters=total,
@@ -279,9 +301,6 @@ def evaluate_checkpoint(
         bytes=weight_bytes(path),
         bits_per_byte=data.bits_per_byte(swept.loss),
         weights_sha256=weights_sha256(path),
-        samples=generate_text(model, tokenizer, prompts, max_new_tokens),
-        prefill_tokens_per_second=speed.prefill_tokens_per_second,
-        decode_tokens_per_second=speed.decode_tokens_per_second,
-        peak_memory=speed.peak_memory,
         **vars(swept),
+        **more,
     )

@@ -55,6 +55,10 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
+
+
 def add_plan(commands: Any) -> None:
     """`slimmoe plan`."""
     parser = add_command(
@@ -109,7 +113,7 @@ def add_slim(commands: Any) -> None:
     add_reconstruct(parser)
     group.add_argument("--other-weights", action="store_true", help="cut a sibling of the model the plan was made for")
     parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
+    _add_shard_size(parser)
     parser.add_argument("--delete-source-shards", action="store_true", help="keep no download longer than needed")
     add_output(parser, "DIR")
     add_config(parser)
@@ -145,7 +149,7 @@ def add_merge(commands: Any) -> None:
         help="what neurons are aligned to (default: dominant)",
     )
     add_reconstruct(parser)
-    parser.add_argument("--shard-size", default="1GB", metavar="SIZE", help="most bytes in a file (default: 1GB)")
+    _add_shard_size(parser)
     add_output(parser, "DIR")
     add_config(parser)
 

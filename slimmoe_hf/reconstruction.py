@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.blocks import Pass
-from slimmoe_hf.calibration import Seen, share_seen
+from slimmoe_hf.calibration import seen_in, share_seen
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import LayerView, family_of, layer_views
 from slimmoe_hf.identity import model_fingerprint
@@ -109,15 +109,6 @@ def check_repairable(plan: CompressionPlan, config: PreTrainedConfig, fingerprin
         raise ValueError("the plan was made for other weights than the model's. Score this model.")
     if not 0 < ridge < float("inf"):
         raise ValueError(f"ridge={ridge} is not a positive number. The default is {RIDGE}.")
-
-
-def seen_in(batches: Iterable[Batch], encoder_decoder: bool = False) -> Seen:
-    """What text some batches hold, padding left out."""
-    seen, sweep = Seen(), Sweep(encoder_decoder)
-    for batch in batches:
-        sweep.start(batch)
-        seen.add(batch, sweep)
-    return seen
 
 
 def cuts_outputs(plan: CompressionPlan) -> bool:

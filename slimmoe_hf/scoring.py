@@ -36,13 +36,7 @@ def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
     Raises:
         ValueError: A checkpoint, teacher, text or loss that will not do.
     """
-    if not args.stream:
-        return scored_model(args)[1]
-    path, teacher, given = _inputs(args)
-    return stream_stats(
-        path, given, args.loss, teacher, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
-        overwrite=args.overwrite,
-    )  # fmt: skip
+    return scored_stream(args, output)[1] if args.stream else scored_model(args)[1]
 
 
 def planned(args: argparse.Namespace, output: Path, target: Target) -> CompressionPlan:
@@ -65,21 +59,24 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
     if not args.stream:
         model, stats, given = scored_model(args)
         return reconstruct(model, given, decided(stats))
-    return rebuilt(args, output, decided(scored(args, output)))
+    path, stats, given = scored_stream(args, output)
+    return rebuilt(args, output, path, given, decided(stats))
 
 
-def rebuilt(args: argparse.Namespace, output: Path, plan: CompressionPlan) -> CompressionPlan:
+def rebuilt(
+    args: argparse.Namespace, output: Path, path: Path, given: Iterable[dict[str, Tensor]], plan: CompressionPlan
+) -> CompressionPlan:
     """A plan of a model that is streamed, reconstructed on the text that was scored.
 
     Args:
         args: As the parser has them.
         output: As in `scored`.
+        path, given: From `scored_stream`.
         plan: Of the model.
 
     Raises:
         ValueError: As `stream_reconstruct`.
     """
-    path, _, given = _inputs(args)
     return stream_reconstruct(
         path, given, plan, work=_repairs(output), dtype=args.calibration_dtype, device=_place(args),
         overwrite=args.overwrite,
@@ -105,6 +102,24 @@ def scored_model(
     model = load_model(path, args.calibration_dtype, _place(args), whole=True)
     stats = collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
     return model, stats, given
+
+
+def scored_stream(args: argparse.Namespace, output: Path) -> tuple[Path, ExpertStats, Iterable[dict[str, Tensor]]]:
+    """The folder of the model that the flags name, its statistics, one layer in memory at a time, and the text.
+
+    Args:
+        args: As the parser has them.
+        output: As in `scored`.
+
+    Raises:
+        ValueError: As `scored`.
+    """
+    path, teacher, given = _inputs(args)
+    stats = stream_stats(
+        path, given, args.loss, teacher, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    return path, stats, given
 
 
 def remove_work(args: argparse.Namespace, output: Path) -> None:

@@ -19,7 +19,7 @@ from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
 from slimmoe_hf.plan import CompressionPlan, Target
-from slimmoe_hf.scoring import rebuilt, remove_work, scored, scored_model
+from slimmoe_hf.scoring import rebuilt, remove_work, scored_model, scored_stream
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search
 from slimmoe_hf.sources import open_source
@@ -56,11 +56,11 @@ def search(args: argparse.Namespace) -> None:
     elif args.stream:
         require(args, "data")
         _check_request(args, load_config(open_source(args.model, args.revision).folder))
-        stats, checked = scored(args, output), None
+        (path, stats, given), checked = scored_stream(args, output), None
         found = _searched(args, stats)
         plan = found.plan(stats)
         if args.reconstruct is not False:
-            plan = rebuilt(args, output, plan)
+            plan = rebuilt(args, output, path, given, plan)
     else:
         stats, checked = _checked(args)
         found, plan = checked.search, checked.plan

@@ -67,7 +67,7 @@ def run_pairs(recipe: Seq2SeqRecipe, run: RunFolder, dry_run: bool, machine: str
         recipe: With absolute paths.
         run: Not finished.
         dry_run: Check everything, show the plan of work, write nothing.
-        machine: With `dry_run`, a name in `slimmoe_hf.outlook.MACHINES`; None is this machine.
+        machine: With `dry_run`, a name in `slimmoe_hf.machines.MACHINES`; None is this machine.
 
     Returns:
         The report; None after a dry run.

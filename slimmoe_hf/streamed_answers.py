@@ -68,7 +68,7 @@ class StreamedAnswers:
         Raises:
             ValueError: As `blocks.Blocks` and `answers.Answers`.
         """
-        self.blocks = Blocks(path, getattr(torch, dtype), device)
+        self.blocks = Blocks(path, dtype, device)
         self.config, self.dtype, self._path, self._work = self.blocks.config, self.blocks.dtype, path, work
         self.width = self.blocks.hidden_size
         self._passes: int | None = None

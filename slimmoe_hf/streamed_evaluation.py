@@ -23,8 +23,8 @@ from slimmoe_hf.atomic import write_text
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.calibration import next_tokens
 from slimmoe_hf.disk import meta_model
-from slimmoe_hf.evaluation import HeldOut, Measurement, Sweep, count_parameters, rounded_load
-from slimmoe_hf.loading import load_config, weight_bytes, weights_sha256
+from slimmoe_hf.evaluation import HeldOut, Measurement, Sweep, measurement_of, rounded_load
+from slimmoe_hf.loading import load_config
 from slimmoe_hf.pace import Pace
 from slimmoe_hf.routing import RouterLoad
 from slimmoe_hf.streamed_teacher import predicted
@@ -61,11 +61,10 @@ def stream_loss(
     Raises:
         ValueError: As `blocks.Blocks`; weights or a loss that are not finite, or no room on the disk.
     """
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    blocks = Blocks(path, kind, torch.device(device))
+    blocks = Blocks(path, dtype, device)
     request = {
         "model": model_state(path), "text": hashlib.sha256(rows_NT.numpy().tobytes()).hexdigest(),
-        "rows": list(rows_NT.shape), "batch_size": batch_size, "dtype": str(kind), "device": blocks.device.type,
+        "rows": list(rows_NT.shape), "batch_size": batch_size, "dtype": str(blocks.dtype), "device": blocks.device.type,
     }  # fmt: skip
     with WalkFolder(work, request, overwrite=True) as folder:
         walk = Walk(blocks, [{"input_ids": ids_NT} for ids_NT in rows_NT.split(batch_size)], folder.path / "layers")
@@ -112,16 +111,7 @@ def stream_measurement(
         ValueError: As `stream_loss`.
     """
     swept = stream_loss(path, data.rows_NT, batch_size, work=work, dtype=dtype, device=device, progress=progress)
-    total, active = count_parameters(meta_model(load_config(path)))
-    return Measurement(
-        total_parameters=total,
-        active_parameters=active,
-        bytes=weight_bytes(path),
-        bits_per_byte=data.bits_per_byte(swept.loss),
-        weights_sha256=weights_sha256(path),
-        streamed=True,
-        **vars(swept),
-    )
+    return measurement_of(path, meta_model(load_config(path)), data, swept, streamed=True)
 
 
 def _through(walk: Walk, progress: bool) -> float:

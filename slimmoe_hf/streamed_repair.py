@@ -12,12 +12,13 @@ from torch import Tensor
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
+from slimmoe_hf.calibration import seen_in
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.reconstruction import RIDGE, check_repairable, cuts_outputs, repair_values, seen_in, with_repairs
+from slimmoe_hf.reconstruction import RIDGE, check_repairable, cuts_outputs, repair_values, with_repairs
 from slimmoe_hf.repairs import Repairing
 from slimmoe_hf.taps import Batch, Sweep
-from slimmoe_hf.walk import Walk, WalkFolder
+from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
 
 def stream_reconstruct(
@@ -55,9 +56,8 @@ def stream_reconstruct(
         ValueError: As `reconstruct`; a checkpoint that `disk.locate` refuses, weights that are not finite, no room on
             the disk, or `work` holds the work of another request.
     """
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     given = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
-    blocks = Blocks(path, kind, torch.device(device))
+    blocks = Blocks(path, dtype, device)
     fingerprint = blocks.fingerprint()
     check_repairable(plan, blocks.config, fingerprint, ridge)
     if not cuts_outputs(plan):
@@ -65,12 +65,12 @@ def stream_reconstruct(
     seen = seen_in(given)
     seen.require_tokens()
     request = {
-        "plan": plan.sha256, "ridge": ridge, "weights": fingerprint, "text": seen.sha256, "dtype": str(kind),
-        "batches": [list(batch["input_ids"].shape) for batch in given], "device": torch.device(device).type,
+        "plan": plan.sha256, "ridge": ridge, "model": model_state(path), "text": seen.sha256, "dtype": str(blocks.dtype),
+        "batches": [list(batch["input_ids"].shape) for batch in given], "device": blocks.device.type,
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk = Walk(blocks, given, folder.path / "layers")
-        walk.require_room(2, "fewer --tokens", repair_values(plan) * kind.itemsize)
+        walk.require_room(2, "fewer --tokens", repair_values(plan) * blocks.dtype.itemsize)
         done = len(walk.have("repairs"))
         order = [*([] if done in walk.have("inputs") else [EMBEDDINGS]), *range(done, walk.layers)]
         visits = blocks.visit(order, fresh=order)

@@ -24,12 +24,12 @@ from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blocks import EMBEDDINGS, HEAD, Blocks
 from slimmoe_hf.calibration import (
     CALIBRATION_LOSSES,
-    Seen,
     TokenLoss,
     layer_norms,
     loss_named,
     next_tokens,
     require_finite,
+    seen_in,
     stack_layers,
     stored_config,
 )
@@ -77,12 +77,12 @@ def stream_stats(
     """
     if loss not in CALIBRATION_LOSSES:
         loss_named(loss)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     given = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
-    seen = _seen(given)
-    blocks = Blocks(path, kind, torch.device(device))
+    seen = seen_in(given)
+    seen.require_tokens()
+    blocks = Blocks(path, dtype, device)
     request = {
-        "model": model_state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(kind),
+        "model": model_state(path), "text": [_digest(batch) for batch in given], "loss": loss, "dtype": str(blocks.dtype),
         "device": blocks.device.type, "teacher": None if teacher is None else model_state(teacher),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
@@ -91,7 +91,7 @@ def stream_stats(
         if teacher is not None:
             assert loss == "kd_topk", "no other loss looks at a teacher"
             size, place = blocks.config.vocab_size, folder.path / "teacher"
-            kept = ask_teacher(teacher, given, size, place, kind, blocks.device, progress)
+            kept = ask_teacher(teacher, given, size, place, blocks.dtype, blocks.device, progress)
         layers = _Sweep(walk, loss_named(loss), kept).run(progress)
     views = blocks.views
     return ExpertStats(
@@ -109,15 +109,6 @@ def stream_stats(
         ),
         **stack_layers(layers),
     )
-
-
-def _seen(batches: list[dict[str, Tensor]]) -> Seen:
-    seen, sweep = Seen(), Sweep()
-    for batch in batches:
-        sweep.start(batch)
-        seen.add(batch, sweep)
-    seen.require_tokens()
-    return seen
 
 
 def _digest(batch: Batch) -> str:
