@@ -9,7 +9,8 @@ import slimmoe_hf
 
 PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
-    "families", "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
+    "families", "family_types", "family_rows",
+    "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
     "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config", "shared_experts", "own_form",
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
