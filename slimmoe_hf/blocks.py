@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from slimmoe_hf.disk import check_tied, locate, read_part
+from slimmoe_hf.disk import check_tied, experts_in, locate, published_name, read_part
 from slimmoe_hf.families import FAMILIES, family_of, layer_views, refuse_encoder_decoder
 from slimmoe_hf.identity import combined, sample, sampled, tensor_sha256
 from slimmoe_hf.loading import load_config, weight_files
@@ -33,7 +33,15 @@ EMBEDDINGS, HEAD, REST = -1, -2, -3
 
 
 class Pass(nn.Module):
-    """Stands where a decoder layer has no weights."""
+    """Stands where a decoder layer has no weights.
+
+    Attributes:
+        block_type: What that layer says it is, for models that ask it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.block_type = vars(layer).get("block_type")
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states as they are."""
@@ -57,24 +65,14 @@ class _Reader:
 
     def pieces(self, name: str, shape: Sequence[int]) -> dict[str, tuple[int | slice, ...]]:
         """Published names of what makes up a weight of the model, and where in it each lies."""
-        prefix, disk, layout = self._family.layers, self._family.disk, self._family.layout
-        layer, _, inner = name.removeprefix(f"{prefix}.").partition(".")
-        if not name.startswith(f"{prefix}."):
-            return {name: ()}
-        if inner == f"{self._family.router}.weight":
-            return {f"{prefix}.{layer}.{disk.router}": ()}
-        if inner == f"{self._family.experts}.{layout.down}":
-            return {f"{prefix}.{layer}.{disk.down.format(expert)}": (expert,) for expert in range(shape[0])}
-        if inner == f"{self._family.experts}.{layout.gate_up}":
-            half = shape[1] // 2
-            assert disk.gate is not None
-            places = {disk.gate: slice(0, half), disk.up: slice(half, None)}
-            return {
-                f"{prefix}.{layer}.{kind.format(expert)}": (expert, place)
-                for expert in range(shape[0])
-                for kind, place in places.items()
-            }
-        return {name: ()}
+        experts = experts_in(self._family, name)
+        if experts is None:
+            return {published_name(self._family, name): ()}
+        return {
+            piece.format(expert): (expert, slice(row, row + own[0]))
+            for piece, row, own in experts.pieces(shape)
+            for expert in range(shape[0])
+        }
 
     def read(self, shapes: Mapping[str, Sequence[int]], finite: bool) -> dict[str, Tensor]:
         """Weights by their names in the model; with `finite`, NaN and infinity are refused."""
@@ -126,6 +124,8 @@ class Blocks:
             ValueError: As `disk.locate`; or the model changes embeddings before its first layer, so that it cannot be
                 begun at another one.
         """
+        if why := family_of(load_config(path)).no_stream:
+            raise ValueError(f"{path}: cannot be run one layer at a time: {why}. Load it whole (no --stream).")
         dtype, device = getattr(torch, dtype) if isinstance(dtype, str) else dtype, torch.device(device)
         self.config, self.dtype, self.device = load_config(path), dtype, device
         self.config.dtype = dtype
@@ -151,7 +151,7 @@ class Blocks:
         tied = self.model.all_tied_weights_keys
         self._names = {name: tied.get(name, name) for name in self.model.state_dict()}
         for number in range(len(slots)):
-            slots[number] = Pass()
+            slots[number] = Pass(slots[number])
         for module in self.model.base_model.children():
             if not list(module.parameters()):
                 module.to(device)  # position embeddings

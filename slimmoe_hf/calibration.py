@@ -291,6 +291,9 @@ def layer_norms(config: PreTrainedConfig, view: LayerView) -> dict[str, Tensor]:
         squares = torch.stack([e.float().square().sum(1 - layout.input_axis)[rows].sum(-1) for e in up])
         norms = torch.stack([e.float().square().sum(1 - layout.down_axis) for e in down])
         found = {"input_norm_LEF": squares.sqrt().double(), "down_norm_LEF": norms.sqrt().double()}
+    if view.attention is None:
+        none = torch.zeros(shape.query_heads, dtype=torch.float64)
+        return {**found, "head_out_norm_AH": none, "group_norm_AG": none[: shape.kv_groups].clone()}
     *into, last = (view.attention.get_parameter(f"{name}.weight").float() for name in family.projections)
     out = last.square().sum(0).view(shape.query_heads, -1).sum(-1)
     parts = [weight.square().sum(1).view(shape.kv_groups, -1).sum(-1) for weight in into]

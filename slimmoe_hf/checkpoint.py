@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 
 from slimmoe_hf.atomic import PARTIAL, flush, flush_entry, refuse_existing, write_text
 from slimmoe_hf.cuts import Cut, list_cuts, name_shards, slimmed_config
-from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate
+from slimmoe_hf.disk import Part, check_tied, locate, published_shapes
 from slimmoe_hf.identity import combined, sample, sampled
 from slimmoe_hf.loading import files_sha256, load_config
 from slimmoe_hf.plan import CompressionPlan
@@ -269,8 +269,7 @@ class _Run:
             folder = self._checked(part.stored)
             if part.scale is not None:
                 self._checked(part.scale)
-        shares = tuple((self._placed(part), share, order) for part, share, order in cut.shares)
-        return dataclasses.replace(cut, part=self._placed(cut.part), shares=shares).read(folder, self._buffer)
+        return cut.placed(self._placed).read(folder, self._buffer)
 
     def _checked(self, stored: Stored) -> Path:
         """The folder of a tensor's file, fetched, its header compared with what was promised.
@@ -318,7 +317,7 @@ class _Run:
 
     def _verify(self) -> None:
         """Shapes against the new config's model, bytes against what was handed to the disk."""
-        wanted = expected_shapes(load_config(self.folder))
+        wanted = published_shapes(load_config(self.folder))
         found: dict[str, tuple[int, ...]] = {}
         for name, sha256 in self.written.items():
             file = self.folder / name

@@ -245,16 +245,28 @@ def above(scores: Tensor, first: Tensor) -> Tensor:
     return torch.where(first, scores + (scores.max() - scores.min() + 1), scores)
 
 
-def choose(scores: Tensor, number: int, layers: Iterable[int], first: Tensor | None = None) -> Chosen:
+def dealt(scores: Tensor, groups: int) -> Tensor:
+    """The same scores, but the first of each of `groups` stretches of a row lifted above every second, these above every third."""
+    if groups == 1:
+        return scores
+    order = torch.sort(scores.unflatten(-1, (groups, -1)), dim=-1, descending=True, stable=True).indices
+    return scores - order.argsort(dim=-1).flatten(-2) * (scores.max() - scores.min() + 1)
+
+
+def choose(
+    scores: Tensor, number: int, layers: Iterable[int], first: Tensor | None = None, groups: int = 1
+) -> Chosen:
     """The `number` highest scores along the last axis, ascending; ties go to the lower index.
 
     Args:
         scores: A row, or rows, per layer.
         number: How many stay.
         layers: Their absolute indices.
-        first: Of what is marked here, nothing goes while anything else is there.
+        first: Of what is marked here, nothing goes while anything else of its stretch is there.
+        groups: Of each of so many stretches of a row as many stay.
     """
-    order = torch.sort(scores if first is None else above(scores, first), dim=-1, descending=True, stable=True).indices
+    lifted = dealt(scores if first is None else above(scores, first), groups)
+    order = torch.sort(lifted, dim=-1, descending=True, stable=True).indices
     best, known, layers = order[..., :number].sort(dim=-1).values, scores.clamp(min=0), list(layers)
     rows = zip(known, best, strict=True)
     shares = [(row.gather(-1, kept).sum() / row.sum().clamp(min=1e-300)).item() for row, kept in rows]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from slimmoe_hf.attention_cuts import attention_cuts
 from slimmoe_hf.blends import blended
-from slimmoe_hf.disk import Part, expected_shapes, read_part
-from slimmoe_hf.families import family_of, shape_values
+from slimmoe_hf.disk import Part, expected_shapes, published_name, read_part
+from slimmoe_hf.families import config_from, family_of, shape_of, shape_values
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.serving import needs_biases, serving_config
 from slimmoe_hf.shards import DTYPES, SINGLE, Buffer
@@ -31,6 +32,7 @@ class Cut:
         axis, index: What is selected; None for all of it.
         shares: Of a merged expert, the weights that it is the sum of, each with its share and its order along `axis`.
         given: What is written instead of a selection of `part`, where the plan carries a repaired weight.
+        experts: Of a tensor of all experts, what each of them is.
     """
 
     name: str
@@ -41,10 +43,13 @@ class Cut:
     index: Tensor | None = None
     shares: tuple[tuple[Part, float, Tensor], ...] = ()
     given: Tensor | None = None
+    experts: tuple[Cut, ...] = ()
 
     @property
     def parts(self) -> list[Part]:
         """All that it is made of."""
+        if self.experts:
+            return [part for cut in self.experts for part in cut.parts]
         if self.part is None:
             return []
         return [part for part, _, _ in self.shares] or [self.part]
@@ -56,6 +61,11 @@ class Cut:
 
     def read(self, folder: Path, buffer: Buffer) -> Tensor:
         """Read what it is taken from, into `buffer` where only a selection of it is kept, and select."""
+        if self.experts:
+            found = torch.empty(self.shape, dtype=self.dtype)
+            for row, cut in zip(found, self.experts, strict=True):
+                row.copy_(cut.read(folder, buffer))
+            return found
         if self.part is None:
             return torch.zeros(self.shape, dtype=self.dtype)
         if self.given is not None:
@@ -66,6 +76,12 @@ class Cut:
         if self.index is None:
             return read_part(folder, self.part).to(self.dtype)
         return read_part(folder, self.part, buffer=buffer).index_select(self.axis, self.index).to(self.dtype)
+
+    def placed(self, place: Callable[[Part], Part]) -> Cut:
+        """The same of other parts: `place` says for each which."""
+        shares = tuple((place(part), share, order) for part, share, order in self.shares)
+        experts = tuple(cut.placed(place) for cut in self.experts)
+        return dataclasses.replace(self, part=self.part and place(self.part), shares=shares, experts=experts)
 
 
 def slimmed_config(
@@ -82,7 +98,12 @@ def slimmed_config(
     """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not duplicate:
-        values |= shape_values(config, plan.meta.after)
+        changed = shape_values(config, plan.meta.after)
+        for alias, key in config.attribute_map.items():  # a file may have either, and may have both
+            for one, other in ((alias, key), (key, alias)):
+                if one in changed and other in values:
+                    values[other] = changed[one]
+        values |= changed
     if dtype is not None or dequantised:
         values["dtype"] = str(dtype or torch.bfloat16).removeprefix("torch.")
         values.pop("torch_dtype", None)
@@ -109,13 +130,14 @@ def list_cuts(
     Raises:
         ValueError: The plan cuts experts in a layer that has none, or drops some in one layer and none in another.
     """
-    wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(dict(values))))
+    wanted = expected_shapes(config_from(values))
     selections = {} if duplicate else _selections(config, parts, plan)
     renumbered = {} if duplicate else _renumbered(config, plan)
     if stray := selections.keys() - parts.keys():
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    cuts = []
+    cuts, family = [], family_of(config)
+    fine = family.disk.router_bias if family.router_bias not in ("", f"{family.router}.bias") else None
     merged, repaired = _merged(config, parts, plan, duplicate), _repaired(config, plan, duplicate)
     for name, part in parts.items():
         new = renumbered.get(name, name)
@@ -131,7 +153,8 @@ def list_cuts(
                 f"the plan leaves {name} at {shape}, its own sizes ask for {list(wanted.get(new, ()))}. Make a plan for "
                 "this model."
             )
-        kept = given if given is not None and own.is_floating_point else own
+        exact = fine is not None and name.endswith(f".{fine}")  # what is added for the choice alone stays as it is
+        kept = given if given is not None and own.is_floating_point and not exact else own
         if name in merged:
             cuts.append(Cut(new, wanted[new], kept, part, *merged[name], given=repaired.get(name)))
             continue
@@ -139,7 +162,29 @@ def list_cuts(
     zeros = sorted(wanted.keys() - {cut.name for cut in cuts})
     for name in zeros:
         assert name.endswith(".bias") and needs_biases(config), name
-    return cuts + [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
+    cuts += [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
+    return _fused(config, cuts) if family.disk.fused else cuts
+
+
+def _fused(config: PreTrainedConfig, cuts: Sequence[Cut]) -> list[Cut]:
+    """The same with one weight of all experts of a layer in the place of each expert's."""
+    family, experts = family_of(config), range(shape_of(config).num_experts)
+    names = [
+        (at.disk, piece.name, expert) for at in family.paths(config) for piece in family.pieces for expert in experts
+    ]
+    wholes = {f"{layer}.{name.format(e)}": f"{layer}.{family.disk.whole(name)}" for layer, name, e in names}
+    rank = {name: number for number, name in enumerate(wholes)}
+    each: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        each.setdefault(wholes.get(cut.name, cut.name), []).append(cut)
+    return [
+        _stacked(whole, sorted(found, key=lambda cut: rank[cut.name])) if found[0].name in wholes else found[0]
+        for whole, found in each.items()
+    ]
+
+
+def _stacked(name: str, experts: Sequence[Cut]) -> Cut:
+    return Cut(name, (len(experts), *experts[0].shape), experts[0].dtype, experts[0].part, experts=tuple(experts))
 
 
 def _selections(
@@ -149,22 +194,21 @@ def _selections(
     family, found = family_of(config), {}
     paths, disk = family.paths(config), family.disk
     for layer, kept_E in plan.experts.items():
-        found[f"{paths[layer].feed_forward}.{disk.router}"] = (0, kept_E)
-        if disk.router_bias is not None and f"{paths[layer].feed_forward}.{disk.router_bias}" in parts:
-            found[f"{paths[layer].feed_forward}.{disk.router_bias}"] = (0, kept_E)
+        found[f"{paths[layer].disk}.{disk.router}"] = (0, kept_E)
+        if disk.router_bias is not None and f"{paths[layer].disk}.{disk.router_bias}" in parts:
+            name = f"{paths[layer].disk}.{disk.router_bias}"
+            found[name] = (len(parts[name].shape) - 1, kept_E)
     for layer, kept_EF in plan.neurons.items():
         for expert, kept_F in zip(_experts(plan, layer), kept_EF, strict=True):
-            for name, axis in disk.projections:
-                found[f"{paths[layer].feed_forward}.{name.format(expert)}"] = (axis, kept_F)
-    biased = config.to_dict().get("attention_bias", False)
+            for piece in family.pieces:
+                if piece.axis is not None:
+                    kept = family.layout.input_index(kept_F, plan.meta.before.expert_width) if piece.halves else kept_F
+                    found[f"{paths[layer].disk}.{piece.name.format(expert)}"] = (piece.axis, kept)
     for layer in plan.groups:
-        queries, keys = plan.attention_rows(layer)
-        prefix = paths[layer].attention
-        for name, rows in zip(family.projections, (queries, keys, keys), strict=False):
-            found[f"{prefix}.{name}.weight"] = (0, rows)
-            if biased:
-                found[f"{prefix}.{name}.bias"] = (0, rows)
-        found[f"{prefix}.{family.projections[-1]}.weight"] = (1, queries)
+        for name, cut in attention_cuts(family, plan, layer).items():
+            full = published_name(family, f"{paths[layer].attention}.{name}")
+            if full in parts or not name.endswith(".bias"):
+                found[full] = cut
     return found
 
 
@@ -179,9 +223,9 @@ def _renumbered(config: PreTrainedConfig, plan: CompressionPlan) -> dict[str, st
     paths = family.paths(config)
     for layer in plan.experts:
         new = {old: number for number, old in enumerate(_experts(plan, layer))}
-        for name, _ in family.disk.projections:
+        for name in (piece.name for piece in family.pieces):
             for old in range(plan.meta.before.num_experts):
-                place = f"{paths[layer].feed_forward}.{name}"
+                place = f"{paths[layer].disk}.{name}"
                 found[place.format(old)] = place.format(new[old]) if old in new else None
     return found
 
@@ -195,26 +239,31 @@ def _merged(
     for layer, blend in plan.blends.items():
         merged = {expert: number for number, expert in enumerate(_experts(plan, layer))}
         for expert, number in (dict(enumerate(blend.owner.tolist())) if duplicate else merged).items():
-            for name, axis in family.disk.projections:
-                place = f"{paths[layer].feed_forward}.{name}"
-                members = blend.members(number)
-                shares = tuple((parts[place.format(e)], float(blend.weight[e]), blend.order[e]) for e in members)
-                found[place.format(expert)] = (axis, None, shares)
+            for piece in family.pieces:
+                place = f"{paths[layer].disk}.{piece.name}"
+                members, order_EF = blend.members(number), blend.order
+                if piece.halves:
+                    order_EF = family.layout.input_index(order_EF, plan.meta.before.expert_width)
+                if piece.axis is None:
+                    order_EF = torch.arange(parts[place.format(0)].shape[0]).expand(len(order_EF), -1)
+                shares = tuple((parts[place.format(e)], float(blend.weight[e]), order_EF[e]) for e in members)
+                found[place.format(expert)] = (piece.axis or 0, None, shares)
     return found
 
 
 def _repaired(config: PreTrainedConfig, plan: CompressionPlan, duplicate: bool) -> dict[str, Tensor]:
     """Published name of an output projection -> what the plan writes in its place."""
     family, found = family_of(config), {}
-    paths = family.paths(config)
-    for layer, down_EDF in plan.repairs.down_proj.items():
+    paths, repairs, turned = family.paths(config), plan.repairs, family.disk.fused and family.layout.transposed
+    for layer, down_EDF in repairs.down_proj.items():
         numbers = {expert: number for number, expert in enumerate(_experts(plan, layer))}
         if duplicate:
             numbers = dict(enumerate(plan.blends[layer].owner.tolist()))
         for expert, number in numbers.items():
-            found[f"{paths[layer].feed_forward}.{family.disk.down.format(expert)}"] = down_EDF[number]
-    for layer, weight in plan.repairs.o_proj.items():
-        found[f"{paths[layer].attention}.{family.projections[-1]}.weight"] = weight
+            down = down_EDF[number].T if turned else down_EDF[number]
+            found[f"{paths[layer].disk}.{family.disk.down.format(expert)}"] = down
+    for layer, weight in repairs.o_proj.items():
+        found[published_name(family, f"{paths[layer].attention}.{family.projections[-1]}.weight")] = weight
     return found
 
 

@@ -8,16 +8,17 @@ Shape letters: E experts, F expert width, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import family_of, layer_views
+from slimmoe_hf.families import Family, family_of
 from slimmoe_hf.shards import DTYPES, Buffer, Stored, read_tensor
 from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
 
@@ -64,7 +65,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Published name -> shape of every weight that plain transformers wants of a checkpoint.
+    """Name -> shape of every weight that a model consists of, each expert's apart.
+
+    Names are the published ones, but for experts that lie in one tensor on disk: see `families.DiskNames.fused`.
 
     Raises:
         ValueError: As `family_of`.
@@ -74,28 +77,79 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     tensors = {name: shape for name, shape in tensors.items() if name not in model.all_tied_weights_keys}
     if family.layout.unit is not None:  # the names in memory are the published ones
         return tensors
-    for view in layer_views(model):
-        if view.experts is None:
+    found = {}
+    for name, shape in tensors.items():
+        if (experts := experts_in(family, name)) is None:
+            found[published_name(family, name)] = shape
             continue
-        prefix, gate = view.paths.feed_forward, family.disk.gate
-        assert gate is not None, "such a family needs its own names here"
-        experts, width, hidden = _fused(tensors, prefix, family.experts, family.layout.gate_up, family.layout.down)
-        for expert in range(experts):
-            tensors[f"{prefix}.{gate.format(expert)}"] = (width, hidden)
-            tensors[f"{prefix}.{family.disk.up.format(expert)}"] = (width, hidden)
-            tensors[f"{prefix}.{family.disk.down.format(expert)}"] = (hidden, width)
-        router = tensors.pop(f"{prefix}.{family.router}.weight")
-        tensors[f"{prefix}.{family.disk.router}"] = router
-    return tensors
+        for expert in range(shape[0]):
+            for piece, _, own in experts.pieces(shape):
+                found[piece.format(expert)] = own
+    return found
 
 
-def _fused(
-    tensors: dict[str, tuple[int, ...]], prefix: str, experts: str, gate_up: str, down: str
-) -> tuple[int, int, int]:
-    """E, F and D of a layer; its fused tensors are taken out."""
-    number, hidden, width = tensors.pop(f"{prefix}.{experts}.{down}")
-    del tensors[f"{prefix}.{experts}.{gate_up}"]
-    return number, width, hidden
+def published_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that plain transformers wants of a checkpoint.
+
+    Raises:
+        ValueError: As `family_of`.
+    """
+    family, found = family_of(config), {}
+    if not family.disk.fused:
+        return expected_shapes(config)
+    model = meta_model(config)
+    for name, tensor in model.state_dict().items():
+        experts = experts_in(family, name)
+        if name not in model.all_tied_weights_keys:
+            new = (
+                published_name(family, name)
+                if experts is None
+                else family.disk.whole(experts.pieces(tensor.shape)[0][0])
+            )
+            found[new] = tuple(tensor.shape)
+    return found
+
+
+class ExpertsWeight(NamedTuple):
+    """One weight of all experts of a layer, as it is in memory.
+
+    Attributes:
+        prefix: Path of the layer on disk. names: Published, of what an expert's share of it consists of.
+    """
+
+    prefix: str
+    names: tuple[str, ...]
+
+    def pieces(self, shape: Sequence[int]) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Published name (`{}` is the expert's number), first row in the expert's share, and shape of each."""
+        rows, *rest = shape[1:]
+        each = rows // len(self.names)
+        return [(f"{self.prefix}.{name}", number * each, (each, *rest)) for number, name in enumerate(self.names)]
+
+
+def experts_in(family: Family, name: str) -> ExpertsWeight | None:
+    """What a weight of the model is to the experts of its layer; None where it is no expert's."""
+    layout, disk = family.layout, family.disk
+    stacks = [stack for stack in family.stacks if name.startswith(f"{stack.layers}.")]
+    if not stacks:
+        return None
+    layer, _, within = name.removeprefix(f"{stacks[0].layers}.").partition(".")
+    weight = within.removeprefix(f"{family.experts}.")
+    into = (disk.up,) if disk.gate is None else (disk.gate, disk.up)
+    parts: dict[str | None, tuple[str, ...]] = {layout.gate_up: into, layout.down: (disk.down,)}
+    parts |= {layout.gate_up_bias: (disk.up_bias or "",), layout.down_bias: (disk.down_bias or "",)}
+    if weight == within or weight not in parts:
+        return None
+    return ExpertsWeight(family.rooted(f"{stacks[0].layers}.{layer}"), parts[weight])
+
+
+def published_name(family: Family, name: str) -> str:
+    """The published name of a weight that is no expert's, from its name in memory."""
+    for stack in family.stacks:
+        if name.startswith(f"{stack.layers}."):
+            layer, _, within = name.removeprefix(f"{stack.layers}.").partition(".")
+            return family.rooted(f"{stack.layers}.{layer}.{family.published(within)}")
+    return family.rooted(name)
 
 
 def locate(config: PreTrainedConfig, stored: Mapping[str, Stored], where: str) -> dict[str, Part]:
@@ -117,10 +171,10 @@ def locate(config: PreTrainedConfig, stored: Mapping[str, Stored], where: str) -
     quantised = refuse_quantised(config, where)
     sizes = config.to_dict()["quantization_config"].get("weight_block_size") if quantised else None
     block = (int(sizes[0]), int(sizes[1])) if sizes else None
-    renamed = _fused_parts(config, stored)
+    renamed = _other_parts(config, stored)
     parts = []
     for name, shape in expected_shapes(config).items():
-        if name not in stored and name not in renamed:
+        if name not in renamed and name not in stored:
             raise ValueError(f"{where}: {name} is not in the weight files. Fetch the checkpoint again.")
         tensor, first, found = renamed.get(name) or (stored[name], 0, stored[name].shape)
         if found != shape:
@@ -161,35 +215,30 @@ def refuse_quantised(config: PreTrainedConfig, where: str) -> bool:
     return True
 
 
-def _fused_parts(
+def _other_parts(
     config: PreTrainedConfig, stored: Mapping[str, Stored]
 ) -> dict[str, tuple[Stored, int, tuple[int, ...]]]:
-    """Published name -> tensor, first element and shape, of weights that lie fused or under their name in memory."""
+    """Name -> tensor, first element and shape, of weights that lie fused or under their name in memory."""
     family, found = family_of(config), {}
-    layout, gate = family.layout, family.disk.gate
-    if layout.unit is not None:
+    if family.layout.unit is not None:
         return {}
-    assert gate is not None and layout.gated and not layout.transposed and not layout.interleaved, (
-        "such a family needs its own regions here"
-    )
-    for paths in family.paths(config):
-        prefix = paths.feed_forward
-        router = stored.get(f"{prefix}.{family.router}.weight")
-        if router is not None:
-            found[f"{prefix}.{family.disk.router}"] = (router, 0, router.shape)
-        gate_up = stored.get(f"{prefix}.{family.experts}.{layout.gate_up}")
-        down = stored.get(f"{prefix}.{family.experts}.{layout.down}")
-        if gate_up is not None and len(gate_up.shape) == 3:
-            experts, rows, hidden = gate_up.shape
-            half = rows // 2 * hidden
-            for expert in range(experts):
-                for number, name in enumerate((gate, family.disk.up)):
-                    region = (gate_up, (2 * expert + number) * half, (rows // 2, hidden))
-                    found[f"{prefix}.{name.format(expert)}"] = region
-        if down is not None and len(down.shape) == 3:
-            experts, hidden, width = down.shape
-            for expert in range(experts):
-                found[f"{prefix}.{family.disk.down.format(expert)}"] = (down, expert * hidden * width, (hidden, width))
+    wholes = {}
+    if family.disk.fused:
+        pieces = [(family.disk.whole(piece.name), piece.name) for piece in family.pieces]
+        wholes = {f"{at.disk}.{whole}": f"{at.disk}.{name}" for at in family.paths(config) for whole, name in pieces}
+    for name, tensor in stored.items():
+        experts = experts_in(family, name)
+        if name in wholes:
+            regions = [(wholes[name], 0, tensor.shape[1:])]
+        elif experts is None:
+            found[published_name(family, name)] = (tensor, 0, tensor.shape)
+            continue
+        else:
+            regions = experts.pieces(tensor.shape) if len(tensor.shape) > 1 else []
+        size = math.prod(tensor.shape[1:])
+        for piece, row, shape in regions:
+            for expert in range(tensor.shape[0]):
+                found[piece.format(expert)] = (tensor, expert * size + row * math.prod(shape[1:]), tuple(shape))
     return found
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.families import FAMILIES, ExpertLayout, family_of, moe_layers
+from slimmoe_hf.families import ExpertLayout, family_of, moe_layers
 from slimmoe_hf.shared_checkpoint import SharedModel
 from slimmoe_hf.shared_experts import SharedExperts, point
 
@@ -261,14 +261,14 @@ def expert_matrices(model: PreTrainedModel, modules: Mapping[str, Any] | None = 
 
 
 def _layout(config: PreTrainedConfig) -> ExpertLayout:
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type={config.model_type!r}: its experts cannot be factored. Known: {', '.join(FAMILIES)}."
-        )
     layout = family_of(config).layout
     if layout.unit is not None:
         return layout
-    assert layout.gated and not layout.transposed and not layout.interleaved, "such a family needs its own forward here"
+    if not layout.plain:
+        raise ValueError(
+            f"the experts of a {config.model_type} cannot be factored: they are not down(act(gate) * up) as FactoredExperts "
+            "computes it. Narrow, drop or merge them."
+        )
     assert (layout.gate_up, layout.down) == ("gate_up_proj", "down_proj")
     return layout
 

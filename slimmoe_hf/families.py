@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.family_rows import DECODERS, FAMILIES, SWITCH
+from slimmoe_hf.family_rows import DECODERS, FAMILIES, SWITCH, UNSUPPORTED
 from slimmoe_hf.family_types import DiskNames, ExpertLayout, Family, LayerPaths, Stack
 
 __all__ = [
-    "DECODERS", "FAMILIES", "SWITCH", "DiskNames", "ExpertLayout", "Family", "LayerPaths", "LayerView",
-    "Shape", "Stack", "family_of", "layer_views", "moe_layers", "refuse_encoder_decoder", "set_shape", "shape_of",
-    "shape_values",
+    "DECODERS", "FAMILIES", "SWITCH", "UNSUPPORTED", "DiskNames", "ExpertLayout", "Family", "LayerPaths", "LayerView",
+    "Shape", "Stack", "config_from", "family_of", "layer_views", "moe_layers", "refuse_encoder_decoder", "routing_groups",
+    "set_shape", "shape_of", "shape_values",
 ]  # fmt: skip
 
 
@@ -32,11 +33,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     model_type = config.model_type
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if model_type in UNSUPPORTED:
+        raise ValueError(f"a {model_type} cannot be slimmed: {UNSUPPORTED[model_type]}.")
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"model_type={model_type!r} is not a Mixture-of-Experts family that slimmoe_hf knows "
-        f"({', '.join(FAMILIES)}).{hint} A dense model has no experts to slim; to add a family see CONTRIBUTING.md."
+        f"model_type={model_type!r} is not a Mixture-of-Experts family that slimmoe_hf knows (slimmoe env --families lists "
+        f"{len(FAMILIES)}).{hint} A dense model has no experts to slim; to add a family see CONTRIBUTING.md."
     )
 
 
@@ -44,6 +47,21 @@ def refuse_encoder_decoder(config: PreTrainedConfig, what: str) -> None:
     """Raise ValueError if a model is an encoder-decoder; `what` is for decoder-only ones."""
     if config.is_encoder_decoder:
         raise ValueError(f"a {config.model_type} is an encoder-decoder, and {what} takes decoder-only models.")
+
+
+def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config that JSON's values say; infinity, which JSON has not, is written as `{"__float__": "Infinity"}`."""
+    config: PreTrainedConfig = AutoConfig.for_model(**{key: _plain(value) for key, value in values.items()})
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a value of a config, for configs write into nested ones."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,9 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     family = family_of(config)
     values = config.to_dict()
     heads, hidden = config.num_attention_heads, config.hidden_size
+    top_k = {} if family.top_k is not None else {family.top_k_key: getattr(config, family.top_k_key, None)}
     numbers = {
+        **top_k,
         family.width_key: getattr(config, family.width_key, None),
         family.experts_key: getattr(config, family.experts_key, None),
         "num_attention_heads": heads,
@@ -89,7 +109,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     return Shape(
         expert_width=numbers[family.width_key],
         num_experts=numbers[family.experts_key],
-        top_k=family.top_k or config.num_experts_per_tok,
+        top_k=family.top_k or numbers[family.top_k_key],
         query_heads=heads,
         kv_groups=values.get("num_key_value_heads") or heads,
         head_width=values.get("head_dim") or values.get("d_kv") or hidden // heads,
@@ -102,6 +122,8 @@ def shape_values(config: PreTrainedConfig, shape: Shape) -> dict[str, int]:
     """The config keys, with their values, that give a model the sizes that a plan can change."""
     family, before = family_of(config), shape_of(config)
     values = {family.width_key: shape.expert_width}
+    if family.shared_key is not None and (times := getattr(config, family.shared_key)):
+        values[family.shared_key] = times * before.expert_width // shape.expert_width  # as wide as before
     if shape.num_experts != before.num_experts:
         values[family.experts_key] = shape.num_experts
         if family.capacity_key is not None:  # as many tokens find room as before
@@ -112,6 +134,15 @@ def shape_values(config: PreTrainedConfig, shape: Shape) -> dict[str, int]:
         values["num_key_value_heads"] = shape.kv_groups
         values["num_attention_heads"] = shape.query_heads
     return values
+
+
+def routing_groups(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many groups the router deals a layer's experts into, and from how many a token takes its own; 1 and 1 without."""
+    family = family_of(config)
+    if family.routing_keys is None:
+        return 1, 1
+    groups, kept = (getattr(config, key) or 1 for key in family.routing_keys)
+    return groups, min(kept, groups)
 
 
 def set_shape(config: PreTrainedConfig, shape: Shape) -> None:
@@ -126,14 +157,14 @@ class LayerView:
 
     Attributes:
         index: The layer's absolute index.
-        attention: Its attention module, with the family's `projections`.
+        attention: Its attention module, with the family's `projections`; None in a layer without.
         experts: Its experts, or None in a dense layer.
         router: Its router, or None in a dense layer.
         paths: Where all that is.
     """
 
     index: int
-    attention: nn.Module
+    attention: nn.Module | None
     experts: nn.Module | None
     router: nn.Module | None
     paths: LayerPaths
@@ -151,7 +182,11 @@ def layer_views(model: PreTrainedModel) -> Sequence[LayerView]:
     for index, paths in enumerate(family.paths(model.config)):
         experts = modules.get(f"{paths.feed_forward}.{family.experts}")
         router = modules.get(f"{paths.feed_forward}.{family.router}") if experts is not None else None
-        views.append(LayerView(index, modules[paths.attention], experts, router, paths))
+        attention = modules.get(paths.attention)
+        wanted = {f"{paths.attention}.{name}" for name in family.projections}
+        if not wanted or not wanted <= modules.keys():
+            attention = None
+        views.append(LayerView(index, attention, experts, router, paths))
     if all(view.experts is None for view in views):
         raise ValueError(f"this {model.config.model_type} model has no layer with experts: there is nothing to slim.")
     return views

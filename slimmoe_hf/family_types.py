@@ -24,6 +24,8 @@ class ExpertLayout:
         gated: Whether the input projection holds a gate half.
         transposed: Input projection `[E, D, 2F]` and output projection `[E, F, D]` instead.
         interleaved: Gate and up alternate (`gate0, up0, gate1, ...`) instead of all gates first.
+        gate_up_bias, down_bias: Names of their biases in fused experts, `[E, 2F]` and `[E, D]`; None without.
+        own_gate: Whether the module joins gate and up in a way of its own (`_apply_gate`), not as `act(gate) * up`.
         unit: Name of one expert (`{}` is its number) in a module list whose units hold the two projections as linear
             layers, `[2F, D]` (`[F, D]` without a gate) and `[D, F]`; None where experts are fused.
     """
@@ -33,6 +35,9 @@ class ExpertLayout:
     gated: bool = True
     transposed: bool = False
     interleaved: bool = False
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
+    own_gate: bool = False
     unit: str | None = None
 
     def weights(self, experts: nn.Module) -> dict[str, Sequence[Tensor]]:
@@ -56,10 +61,29 @@ class ExpertLayout:
             return torch.stack([2 * neurons, 2 * neurons + 1], dim=-1).flatten(-2)
         return torch.cat([neurons, neurons + width], dim=-1)
 
-    def sides(self, neurons: Tensor, width: int) -> tuple[tuple[str, int, Tensor], ...]:
-        """Name, neuron axis of one expert, and positions of `neurons` along it, of both projections; as `input_index`."""
+    def sides(self, neurons: Tensor, width: int) -> list[tuple[str, int, Tensor]]:
+        """Name, neuron axis of one expert, and positions of `neurons` along it, of all that has them; as `input_index`."""
         into = self.input_index(neurons, width)
-        return (self.gate_up, self.input_axis, into), (self.down, self.down_axis, neurons)
+        bias = [] if self.gate_up_bias is None else [(self.gate_up_bias, 0, into)]
+        return [(self.gate_up, self.input_axis, into), *bias, (self.down, self.down_axis, neurons)]
+
+    def averaged(self, experts: nn.Module, order_EF: Tensor) -> list[tuple[str, Any, int, Tensor]]:
+        """Name, weights of all experts, axis and order along it of all that experts consist of, for averaging them.
+
+        Args:
+            experts: Of one layer. order_EF: Of their neurons.
+        """
+        weights: dict[str, Any] = {**dict(experts.named_parameters(recurse=False)), **self.weights(experts)}
+        sides = self.sides(order_EF, order_EF.shape[-1])
+        if self.down_bias is not None:
+            sides.append((self.down_bias, 0, torch.arange(weights[self.down_bias].shape[-1]).expand(len(order_EF), -1)))
+        return [(name, weights[name], axis, order) for name, axis, order in sides]
+
+    @property
+    def plain(self) -> bool:
+        """Whether fused experts are `down @ (act(gate) * up)`, stored the usual way round."""
+        usual = self.gated and not (self.transposed or self.interleaved or self.own_gate)
+        return usual and self.gate_up_bias is None and self.unit is None
 
     @property
     def input_axis(self) -> int:
@@ -72,27 +96,59 @@ class ExpertLayout:
         return 0 if self.transposed else 1
 
 
-@dataclass(frozen=True)
-class DiskNames:
-    """What a published checkpoint calls the weights of a layer's experts (`{}` is the expert's number) and router.
+class Piece(NamedTuple):
+    """One of the weights that an expert consists of on disk.
 
     Attributes:
-        gate, up, down: One linear projection each, `[F, D]`, `[F, D]` and `[D, F]`; no gate in plain units.
+        name: Published, after the layer's path; `{}` is the expert's number.
+        axis: Its neuron axis; None where it has none, as the bias of an output.
+        halves: Whether gate and up share that axis, as in the input projection in memory.
+    """
+
+    name: str
+    axis: int | None
+    halves: bool = False
+
+
+@dataclass(frozen=True)
+class DiskNames:
+    """What a published checkpoint calls the weights of a layer, after the layer's path (`{}` is an expert's number).
+
+    Attributes:
+        gate, up, down: One linear projection each, `[F, D]`, `[F, D]` and `[D, F]`. Without a gate, or where `up` holds it
+            too, `gate` is None.
+        root: What the model's own path, `model`, is called; empty where it is called that.
+        fused: All experts are in one tensor, as they are in memory; its name is that of an expert without `.{}`.
+        up_bias, down_bias: Where experts have them.
         router: `[E, D]`.
-        router_bias: `[E]`, where a model has one.
+        router_bias: `[.., E]`: what is added to the router's answer, for all or for the choice alone.
+        others: Beginnings of names that differ, in memory and published.
     """
 
     gate: str | None = "mlp.experts.{}.gate_proj.weight"
     up: str = "mlp.experts.{}.up_proj.weight"
     down: str = "mlp.experts.{}.down_proj.weight"
+    root: str = ""
+    fused: bool = False
+    up_bias: str | None = None
+    down_bias: str | None = None
     router: str = "mlp.gate.weight"
     router_bias: str | None = None
+    others: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def projections(self) -> tuple[tuple[str, int], ...]:
-        """Name and neuron axis of all that an expert consists of."""
-        gate = () if self.gate is None else ((self.gate, 0),)
-        return (*gate, (self.up, 0), (self.down, 1))
+    def pieces(self, layout: ExpertLayout) -> list[Piece]:
+        """All that an expert consists of."""
+        gate = [] if self.gate is None else [Piece(self.gate, 0)]
+        halves = self.gate is None and layout.gated
+        up = Piece(self.up, layout.input_axis if self.fused else 0, halves)
+        down = Piece(self.down, layout.down_axis if self.fused else 1)
+        biases = [] if self.up_bias is None else [Piece(self.up_bias, 0, halves)]
+        biases += [] if self.down_bias is None else [Piece(self.down_bias, None)]
+        return [*gate, up, down, *biases]
+
+    def whole(self, name: str) -> str:
+        """The published name of what a weight of one expert lies in: of all experts where they are fused."""
+        return name.replace(".{}", "") if self.fused else name
 
 
 @dataclass(frozen=True)
@@ -119,13 +175,14 @@ class LayerPaths(NamedTuple):
         stack: Number of its stack: in an encoder-decoder 0 for the encoder's, 1 for the decoder's.
         layer: Its path inside the model.
         attention: That of its attention.
-        feed_forward: What the names of experts and router, in memory and on disk, follow after.
+        feed_forward: What the names of experts and router follow after in memory, and `disk` on disk.
     """
 
     stack: int
     layer: str
     attention: str
     feed_forward: str
+    disk: str
 
 
 @dataclass(frozen=True)
@@ -135,16 +192,28 @@ class Family:
     Attributes:
         experts: Path of the experts module inside a layer (its feed-forward part, where the stack names one).
         router: Path of the router there.
+        router_weight: Path inside the router of its weight, `[E, D]`.
+        router_bias: Path, from where those of experts and router start, of `DiskNames.router_bias`; empty without.
         width_key: Config key of the expert width F.
         experts_key: Config key of the number of experts E.
         stacks: Where the layers are; those of an encoder before those of its decoder, and so they are numbered.
-        top_k: Experts per token where the code fixes it; otherwise the config says `num_experts_per_tok`.
+        top_k: Experts per token where the code fixes it. top_k_key: Config key that says it otherwise.
+        routing_keys: Config keys of how many groups the router deals the experts into, and from how many of them a token
+            takes its own; none where it has no groups.
+        shared_key: Config key of how many times the expert width the shared experts are wide; None where nothing depends on
+            that width.
         layout: How the experts are laid out.
         disk: What a published checkpoint calls them.
-        projections: Names of the attention's query, key, value and output projections.
+        projections: Names of the attention's query, key, value and output projections; empty where it has none such. A
+            layer without them counts as one without attention.
+        query_parts: How many times the head width a head's rows in the query projection are.
+        query_rows: Further weights of the attention with as many rows as the output projection has columns.
+        head_rows: Those with a row per query head.
         capacity_key: Config key of how many tokens of a row an expert takes at most; fewer experts take more each.
         no_groups: Why key/value groups cannot be cut; empty where they can.
         no_width: Why experts cannot be narrowed; empty where they can.
+        no_merge: Why experts cannot be averaged; empty where they can.
+        no_stream: Why a model cannot be run one layer at a time; empty where it can.
     """
 
     experts: str
@@ -153,12 +222,27 @@ class Family:
     experts_key: str
     stacks: tuple[Stack, ...] = (Stack(),)
     top_k: int | None = None
+    top_k_key: str = "num_experts_per_tok"
+    router_weight: str = "weight"
+    router_bias: str = ""
+    routing_keys: tuple[str, str] | None = None
+    shared_key: str | None = None
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     disk: DiskNames = field(default_factory=DiskNames)
-    projections: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    query_parts: int = 1
+    query_rows: tuple[str, ...] = ()
+    head_rows: tuple[str, ...] = ()
     capacity_key: str | None = None
     no_groups: str = ""
     no_width: str = ""
+    no_merge: str = ""
+    no_stream: str = ""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All that an expert consists of on disk."""
+        return self.disk.pieces(self.layout)
 
     @property
     def encoder_decoder(self) -> bool:
@@ -184,5 +268,22 @@ class Family:
             for index in range(getattr(config, stack.number_key)):
                 layer = f"{stack.layers}.{index}"
                 within = f"{layer}.{stack.feed_forward}" if stack.feed_forward else layer
-                found.append(LayerPaths(number, layer, f"{layer}.{stack.attention}", within))
+                found.append(LayerPaths(number, layer, f"{layer}.{stack.attention}", within, self.rooted(within)))
         return found
+
+    def rooted(self, name: str) -> str:
+        """A name in memory under what the model's own path is called on disk."""
+        inside = self.disk.root and name.startswith("model.")
+        return self.disk.root + name.removeprefix("model") if inside else name
+
+    def published(self, within: str) -> str:
+        """The published name, after its layer's path, of a weight that is no expert's, from its name in memory there."""
+        if within == f"{self.router}.{self.router_weight}":
+            return self.disk.router
+        if self.router_bias and within == self.router_bias:
+            assert self.disk.router_bias is not None
+            return self.disk.router_bias
+        for memory, disk in self.disk.others:
+            if within.startswith(memory):
+                return disk + within.removeprefix(memory)
+        return within

@@ -43,11 +43,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     family, width = family_of(model.config), shape_of(model.config).expert_width
     samples = {}
     for view in layer_views(model):
-        prefix, query = view.paths.feed_forward, family.projections[0]
-        samples[f"{view.paths.attention}.{query}.weight"] = whole(view.attention.get_parameter(f"{query}.weight"))[:1]
+        prefix = view.paths.disk
+        if view.attention is not None:
+            query = family.projections[0]
+            row = whole(view.attention.get_parameter(f"{query}.weight"))[:1]
+            samples[family.rooted(f"{view.paths.attention}.{query}.weight")] = row
         if view.experts is None or view.router is None:
             continue
-        samples[f"{prefix}.{family.disk.router}"] = whole(view.router.get_parameter("weight"))
+        samples[f"{prefix}.{family.disk.router}"] = whole(view.router.get_parameter(family.router_weight))
         for expert, (up, down) in enumerate(_pairs(family.layout, view.experts)):
             rows = up if family.disk.gate is None else up[width:]
             if family.disk.gate is not None:
@@ -80,10 +83,11 @@ def sampled(config: PreTrainedConfig) -> frozenset[str]:
     experts = range(shape_of(config).num_experts)
     names = []
     for paths in family.paths(config):
-        prefix = paths.feed_forward
-        names += [f"{paths.attention}.{family.projections[0]}.weight", f"{prefix}.{family.disk.router}"]
-        for kind, _ in family.disk.projections:
-            names += [f"{prefix}.{kind.format(expert)}" for expert in experts]
+        prefix = paths.disk
+        names += [family.rooted(f"{paths.attention}.{query}.weight") for query in family.projections[:1]]
+        names.append(f"{prefix}.{family.disk.router}")
+        for kind in (family.disk.gate, family.disk.up, family.disk.down):
+            names += [f"{prefix}.{kind.format(expert)}" for expert in experts] if kind is not None else []
     return frozenset(names)
 
 

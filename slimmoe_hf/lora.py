@@ -11,8 +11,6 @@ from transformers import PreTrainedConfig
 
 from slimmoe_hf.families import family_of, refuse_encoder_decoder
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 
 def lora_config(
     config: PreTrainedConfig,
@@ -52,13 +50,17 @@ def lora_config(
         raise ValueError(f"alpha={alpha}: give 1 or more; twice the rank is usual.")
     if not (experts or attention or router):
         raise ValueError("experts, attention and router are all off, which leaves nothing to train. Turn one on.")
+    if attention and not family.projections and not (experts or router):
+        raise ValueError(
+            f"the attention of a {config.model_type} has no q, k, v and o projections to adapt. Adapt the experts."
+        )
     parameters = [f"{family.experts}.{name}" for name in (family.layout.gate_up, family.layout.down)] if experts else []
     if router:  # a parameter too: what a router module returns is no plain output that an adapter could be added to
-        parameters.append(f"{family.router}.weight")
+        parameters.append(f"{family.router}.{family.router_weight}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=[f"{family.attention}.{name}" for name in _PROJECTIONS] if attention else [],
+        target_modules=[f"{family.attention}.{name}" for name in family.projections] if attention else [],
         target_parameters=parameters or None,
     )

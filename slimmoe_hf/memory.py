@@ -30,12 +30,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, ConfigDict, computed_field
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.optimization import Adafactor
 
 from slimmoe_hf import disk
 from slimmoe_hf.cache_format import TOP_K, bytes_per_answer
-from slimmoe_hf.families import family_of
+from slimmoe_hf.families import config_from, family_of
 from slimmoe_hf.fused import block_rows, chunk_rows, fused_distillation_loss
 from slimmoe_hf.lora import lora_config
 from slimmoe_hf.losses import DistillationLoss
@@ -89,7 +89,7 @@ def _text(config: PreTrainedConfig) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _meta_model(text: str) -> PreTrainedModel:
-    return disk.meta_model(AutoConfig.for_model(**json.loads(text)))
+    return disk.meta_model(config_from(json.loads(text)))
 
 
 def inference_memory(

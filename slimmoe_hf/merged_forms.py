@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimmoe_hf.factored import refuse_factored
-from slimmoe_hf.families import family_of, moe_layers, shape_of
+from slimmoe_hf.families import family_of, moe_layers
 from slimmoe_hf.own_form import class_of
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.shared_checkpoint import SharedModel
@@ -73,14 +73,14 @@ def duplicate_merged(model: M, plan: CompressionPlan) -> M:
         ValueError: The plan merges nothing, or is for another family or other sizes. Nothing was changed.
     """
     _check_merges(model, plan)
-    layout, width = family_of(model.config).layout, shape_of(model.config).expert_width
+    layout = family_of(model.config).layout
     for layer, module, _router in moe_layers(model):
         if layer not in plan.blends:
             continue
-        blend, weights = plan.blends[layer], layout.weights(module)
-        for name, axis, order_EF in layout.sides(blend.order, width):
-            merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
-            for weight, owner in zip(weights[name], blend.owner.tolist(), strict=True):
+        blend = plan.blends[layer]
+        for _name, weights, axis, order_EF in layout.averaged(module, blend.order):
+            merged = list(blend.each(weights, order_EF, axis))  # all of them, before any is written
+            for weight, owner in zip(weights, blend.owner.tolist(), strict=True):
                 weight.copy_(merged[owner])
         if (repaired := plan.repairs.down(layer, layout)) is not None:
             repair_experts(module, repaired[blend.owner], range(len(blend.owner)), layout)

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from slimmoe_hf.blends import Blend, Merging
 from slimmoe_hf.criteria import above, choose_anywhere, expert_ranking
 from slimmoe_hf.factored import factorable, refuse_own_form
-from slimmoe_hf.families import ExpertLayout, family_of, moe_layers, shape_of
+from slimmoe_hf.families import FAMILIES, ExpertLayout, family_of, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint
+from slimmoe_hf.limits import refuse_merging
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts, super_experts_of
@@ -78,7 +79,7 @@ def _by_router_rows(
     stats: ExpertStats, row: int, experts: nn.Module, router: nn.Module, layout: ExpertLayout, seed: int
 ) -> Tensor:
     """Cosine between the router's rows."""
-    return _cosine(dict(router.named_parameters())["weight"].detach()).cpu()
+    return _cosine(router.get_parameter(FAMILIES[stats.meta.family].router_weight).detach()).cpu()
 
 
 def _by_weights(
@@ -182,6 +183,7 @@ def plan_merge(
         if given not in known:
             raise ValueError(f"{name} {given!r} is unknown; use one of {', '.join(known)}.")
     refuse_own_form(model)
+    refuse_merging(model.config)
     if stats.meta.fingerprint not in (None, model_fingerprint(model)):
         raise ValueError("the statistics are of other weights than the model's. Score this model.")
     most_used = (_adaptive if counts == "adaptive" else _uniform)(model, stats, num_experts, seed)

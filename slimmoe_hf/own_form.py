@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.atomic import replacing, write_text
+from slimmoe_hf.families import config_from
 from slimmoe_hf.shards import SINGLE
 from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
 
@@ -243,7 +244,7 @@ def read_config(
     values.pop(GUARD, None)
     values["architectures"] = [entry.architecture]
     values["model_type"] = entry.family or values["model_type"]
-    return transformers.AutoConfig.for_model(**{**values, **(changes or {})}), entry
+    return config_from({**values, **(changes or {})}), entry
 
 
 def skeleton(

@@ -6,7 +6,6 @@ attention, H query heads, G key/value groups, G' the groups kept.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -20,13 +19,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blends import KINDS, Blend, Merging
 from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
-from slimmoe_hf.families import Shape, family_of, shape_of
+from slimmoe_hf.families import Shape, config_from, family_of, routing_groups, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
+from slimmoe_hf.limits import check_groups, check_shared
 from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts, super_experts_of
@@ -76,6 +76,7 @@ def validate_target(config: PreTrainedConfig, target: Target) -> Shape:
         raise ValueError(f"expert_width={width} cannot be had for {config.model_type}: {family.no_width}.")
     if width is not None:
         _check_width(width, before.expert_width)
+        check_shared(config, width)
     if groups is not None and groups != before.kv_groups and family.no_groups:
         raise ValueError(f"kv_groups={groups} cannot be had for {config.model_type}: {family.no_groups}.")
     if groups is not None and not 1 <= groups <= before.kv_groups:
@@ -85,6 +86,8 @@ def validate_target(config: PreTrainedConfig, target: Target) -> Shape:
             f"num_experts={experts} is not between the {before.top_k} that a token is sent to and the model's "
             f"{before.num_experts} experts per layer."
         )
+    if experts is not None:
+        check_groups(config, experts)
     groups = groups or before.kv_groups
     return dataclasses.replace(
         before,
@@ -353,17 +356,19 @@ def make_plan(
         ValueError: As `validate_target` and `check_criteria`; or old statistics that lack what a criterion needs.
     """
     of_experts = check_criteria(criterion, expert_criterion, **target.asks)
-    config = AutoConfig.for_model(**copy.deepcopy(stats.meta.config))  # which writes into nested dicts
+    config = config_from(stats.meta.config)
     before, after = shape_of(config), validate_target(config, target)
     layers = stats.meta.layers
     experts = neurons = groups = Chosen({}, {})
     if after.num_experts < before.num_experts:
-        experts = choose(expert_ranking(stats, of_experts, seed), after.num_experts, layers, super_experts(stats))
+        scores_LE = expert_ranking(stats, of_experts, seed)
+        experts = choose(scores_LE, after.num_experts, layers, super_experts(stats), routing_groups(config)[0])
     if after.expert_width < before.expert_width:
         scores_LEF = of_kept_experts(ranking(stats, criterion, seed).neurons_LEF, layers, experts.kept)
         neurons = choose(scores_LEF, after.expert_width, layers)
     if after.kv_groups < before.kv_groups:
-        groups = choose(ranking(stats, criterion, seed).groups_AG, after.kv_groups, range(before.layers))
+        scores_AG, attending = ranking(stats, criterion, seed).groups_AG, stats.attending
+        groups = choose(scores_AG[attending], after.kv_groups, attending)
     unknown = dict(zip(layers, (stats.tokens_LE == 0).sum(-1).tolist(), strict=True))
     supers = super_experts_of(stats)
     summaries = [

@@ -206,7 +206,7 @@ def _alone(model: PreTrainedModel, number: int) -> Iterator[Any]:
     try:
         for other in range(len(layers)):
             if other != number:
-                slots[other] = Pass()
+                slots[other] = Pass(layers[other])
         yield block
     finally:
         hook.remove()

@@ -1,6 +1,6 @@
 """`ExpertStats`: what one calibration sweep leaves behind. One file serves every criterion and every plan.
 
-Shape letters: L layers with experts, E experts, F expert width, A layers with attention (all), H query heads,
+Shape letters: L layers with experts, E experts, F expert width, A layers (zeros where one has no attention), H query heads,
 G key/value groups.
 """
 
@@ -114,6 +114,11 @@ class ExpertStats:
         """All tensors by name, those that an old file lacks left out."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "meta"}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def attending(self) -> list[int]:
+        """Absolute indices of the layers with attention: the weights of the others have no norms."""
+        return torch.nonzero(self.group_norm_AG.sum(-1)).flatten().tolist()
 
     @property
     def sha256(self) -> str:

@@ -5,13 +5,14 @@ Shape letters: E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimmoe_hf.attention_cuts import attention_cuts
 from slimmoe_hf.blends import Blend
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import ExpertLayout, LayerView, family_of, layer_views, set_shape, shape_of
@@ -39,18 +40,22 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     """
     check_fits(model, plan)
     plan.check()
+    family, number = family_of(model.config), plan.meta.before.num_experts
     for view in layer_views(model):
         if view.index in plan.experts and view.experts is not None and view.router is not None:
-            kept, layout = plan.experts[view.index], family_of(model.config).layout
+            kept, layout = plan.experts[view.index], family.layout
             if view.index in plan.blends:
                 merge_experts(view.experts, plan.blends[view.index], kept.tolist(), model.config)
             if view.index not in plan.blends or layout.unit is not None:
                 _drop_experts(view.experts, kept, layout)
-            _drop_rows(view.router, kept)
+            _drop_rows(view.router, kept, number)
+            if family.router_bias and not family.router_bias.startswith(f"{family.router}."):
+                parent, _, name = f"{view.paths.feed_forward}.{family.router_bias}".rpartition(".")
+                _drop_rows(model.get_submodule(parent), kept, number, {name})
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
-        if view.index in plan.groups:
-            _drop_groups(view.attention, *plan.attention_rows(view.index))
+        if view.index in plan.groups and view.attention is not None:
+            _drop_groups(view.attention, attention_cuts(family, plan, view.index))
         _repair(view, plan, model)
     _set_sizes(model, plan)
     return model
@@ -62,10 +67,12 @@ def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
     plan.refuse_adaptive()
     plan.check_fits(model.config)
     refuse_foreign_repairs(model, plan)
-    have = {view.index for view in layer_views(model) if view.experts is not None}
+    views = layer_views(model)
+    have = {view.index for view in views if view.experts is not None}
+    attending = {view.index for view in views if view.attention is not None}
     if missing := (set(plan.neurons) | set(plan.experts)) - have:
         raise ValueError(f"the plan cuts experts in layers {sorted(missing)}, where this model has none.")
-    everywhere = {"neurons": have, "experts": have, "groups": set(range(plan.meta.before.layers))}
+    everywhere = {"neurons": have, "experts": have, "groups": attending}
     for kind, layers in everywhere.items():
         if plan.kept[kind] and (left := layers - plan.kept[kind].keys()):
             raise ValueError(f"the plan drops no {kind} in layers {sorted(left)}; all need the same number.")
@@ -87,7 +94,7 @@ def _select(parameter: nn.Parameter, kept: Tensor, axis: int) -> nn.Parameter:
 def _drop_experts(experts: Any, kept_E: Tensor, layout: ExpertLayout) -> None:
     """Keep some experts."""
     if layout.unit is None:
-        _drop_rows(experts, kept_E)
+        _drop_rows(experts, kept_E, experts.num_experts)
         return
     units = layout.units(experts)
     experts.clear()
@@ -95,14 +102,27 @@ def _drop_experts(experts: Any, kept_E: Tensor, layout: ExpertLayout) -> None:
         experts[layout.unit.format(number)] = units[expert]
 
 
-def _drop_rows(module: nn.Module, kept_E: Tensor) -> None:
-    """Keep some experts of fused ones or of a router: every parameter and buffer has them along its first axis."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, _select(parameter, kept_E, 0))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        setattr(module, name, buffer.index_select(0, kept_E.to(buffer.device)).contiguous())
-    if isinstance(module, nn.Linear):
-        module.out_features = len(kept_E)
+def _drop_rows(module: nn.Module, kept_E: Tensor, number: int, only: set[str] | None = None) -> None:
+    """Keep some of `number` experts of fused ones or of a router: all it holds has them along its first or its last axis.
+
+    With `only`, of the parameters and buffers of these names, and nothing of the modules inside.
+    """
+    for inner in module.modules() if only is None else [module]:
+        for name, parameter in list(inner.named_parameters(recurse=False)):
+            if only is None or name in only:
+                setattr(inner, name, _select(parameter, kept_E, _expert_axis(parameter, number)))
+        for name, buffer in list(inner.named_buffers(recurse=False)):
+            if only is None or name in only:
+                kept = buffer.index_select(_expert_axis(buffer, number), kept_E.to(buffer.device))
+                setattr(inner, name, kept.contiguous())
+        if isinstance(inner, nn.Linear):
+            inner.out_features = len(kept_E)
+
+
+def _expert_axis(tensor: Tensor, number: int) -> int:
+    axis = 0 if tensor.shape[0] == number else tensor.dim() - 1
+    assert tensor.shape[axis] == number, f"{list(tensor.shape)} holds nothing of {number} experts"
+    return axis
 
 
 def _set_sizes(model: PreTrainedModel, plan: CompressionPlan) -> None:
@@ -129,15 +149,13 @@ def merge_experts(experts: Any, blend: Blend, places: Sequence[int], config: Pre
         places: `[E']`, where in a list of units each average goes.
         config: Of the model.
     """
-    layout, width = family_of(config).layout, shape_of(config).expert_width
-    weights = layout.weights(experts)
-    for name, axis, order_EF in layout.sides(blend.order, width):
+    layout = family_of(config).layout
+    for name, old, axis, order_EF in layout.averaged(experts, blend.order):
         if layout.unit is not None:
-            merged = list(blend.each(weights[name], order_EF, axis))  # all of them, before any is written
+            merged = list(blend.each(old, order_EF, axis))  # all of them, before any is written
             for place, weight in zip(places, merged, strict=True):
-                weights[name][place].data = weight
+                old[place].data = weight
             continue
-        old = getattr(experts, name)
         new = torch.empty(blend.number, *old.shape[1:], dtype=old.dtype, device=old.device)
         for number, weight in enumerate(blend.each(old, order_EF, axis)):
             new[number] = weight
@@ -177,20 +195,23 @@ def repair_experts(experts: nn.Module, repaired: Tensor | None, places: Iterable
 @torch.no_grad()
 def _repair(view: LayerView, plan: CompressionPlan, model: PreTrainedModel) -> None:
     """Write the output projections that the plan carries over the slices."""
-    layout = family_of(model.config).layout
+    family = family_of(model.config)
     if view.experts is not None:
-        repair_experts(view.experts, plan.repairs.down(view.index, layout), range(plan.meta.after.num_experts), layout)
-    if view.index in plan.repairs.o_proj:
-        out = view.attention.get_parameter(f"{family_of(model.config).projections[-1]}.weight")
+        down = plan.repairs.down(view.index, family.layout)
+        repair_experts(view.experts, down, range(plan.meta.after.num_experts), family.layout)
+    if view.index in plan.repairs.o_proj and view.attention is not None:
+        out = view.attention.get_parameter(f"{family.projections[-1]}.weight")
         out.copy_(plan.repairs.o_proj[view.index])
 
 
-def _drop_groups(attention: Any, queries: Tensor, keys: Tensor) -> None:
+def _drop_groups(attention: nn.Module, cuts: Mapping[str, tuple[int, Tensor]]) -> None:
     """Keep key/value groups with their query heads: rows of q, k, v (and their biases), columns of o (not its bias)."""
-    for projection, rows in ((attention.q_proj, queries), (attention.k_proj, keys), (attention.v_proj, keys)):
-        projection.weight = _select(projection.weight, rows, 0)
-        if projection.bias is not None:
-            projection.bias = _select(projection.bias, rows, 0)
-        projection.out_features = len(rows)
-    attention.o_proj.weight = _select(attention.o_proj.weight, queries, 1)
-    attention.o_proj.in_features = len(queries)
+    held = dict(attention.named_parameters())
+    for path, (axis, kept) in cuts.items():
+        if path not in held:
+            continue
+        parent, _, name = path.rpartition(".")
+        module = attention.get_submodule(parent)
+        setattr(module, name, _select(held[path], kept, axis))
+        if isinstance(module, nn.Linear):
+            setattr(module, ("out_features", "in_features")[axis], len(kept))

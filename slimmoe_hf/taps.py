@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slimmoe_hf.families import ExpertLayout, LayerView, Shape, family_of, shape_of
@@ -98,8 +98,9 @@ def _sum_rows(values: Tensor, lengths: Tensor, how: str = "sum") -> Tensor:
 class ExpertSums:
     """Running sums of one layer's experts."""
 
-    def __init__(self, width: int, number: int, device: torch.device, sweep: Tokens) -> None:
-        self.sweep = sweep
+    def __init__(self, shape: Shape, layout: ExpertLayout, device: torch.device, sweep: Tokens) -> None:
+        width, number = shape.expert_width, shape.num_experts
+        self.sweep, self.layout = sweep, layout
         self.number = number
         self.tokens = accumulator(device, number)
         self.neuron = {name: accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
@@ -130,19 +131,21 @@ class ExpertSums:
 
     @torch.no_grad()
     def record_all_outputs(
-        self, act: Callable[[int, Tensor], Tensor], down: Sequence[Tensor], hidden_ND: Tensor
+        self, act: Callable[[int, Tensor], Tensor], down: Sequence[Tensor], bias_ED: Tensor | None, hidden_ND: Tensor
     ) -> None:
         """Add what every expert makes of every token, where that is wanted.
 
         Args:
             act: The activations `[N, F]` of an expert, by its number and its inputs.
-            down: The output projection of every expert, `[D, F]`.
+            down: The output projection of every expert, `[D, F]`. bias_ED: Its bias, if any.
             hidden_ND: The inputs.
         """
         if self.outputs is not None and self.sweep.listening:
             hidden_ND = hidden_ND[self.sweep.valid_N]
             for expert, out in enumerate(down):
                 self.outputs[expert] += act(expert, hidden_ND).float().sum(0) @ out.float().T
+            if bias_ED is not None:
+                self.outputs += len(hidden_ND) * bias_ED.float()
 
     def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
         """Add one backward pass; pairs are sorted by expert, then by token."""
@@ -240,15 +243,30 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
     expert_S, order_S = torch.sort(index_NK.flatten(), stable=True)
     token_S, gate_S = order_S // k, gate_NK.flatten()[order_S]
     ends_E = torch.bincount(expert_S, minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    inputs = F.grouped_mm(hidden_ND[token_S], experts.gate_up_proj.transpose(-2, -1), offs=ends_E)
-    act_SF = _ExpertTap.apply(experts._apply_gate(inputs), _SUMS[experts], token_S, expert_S, gate_S)
-    out_SD = F.grouped_mm(act_SF, experts.down_proj.transpose(-2, -1), offs=ends_E)
-    _SUMS[experts].record_outputs(out_SD, token_S, expert_S, gate_S)
-    _SUMS[experts].record_all_outputs(
-        lambda expert, all_ND: experts._apply_gate(all_ND @ experts.gate_up_proj[expert].T),
-        experts.down_proj,
-        hidden_ND,
+    sums = _SUMS[experts]
+    layout = sums.layout
+    into, down = (
+        getattr(experts, name) for name in (layout.gate_up, layout.down)
+    )  # an adapter may stand in their place
+    if not layout.transposed:  # grouped products take [E, D, 2F] and [E, F, D]
+        into, down = into.transpose(-2, -1), down.transpose(-2, -1)
+    into_bias, down_bias = (
+        getattr(experts, name) if name else None for name in (layout.gate_up_bias, layout.down_bias)
     )
+    gate = experts._apply_gate if layout.gated else experts.act_fn
+    inputs = F.grouped_mm(hidden_ND[token_S], into, offs=ends_E)
+    inputs = inputs if into_bias is None else inputs + into_bias[expert_S]
+    act_SF = _ExpertTap.apply(gate(inputs), sums, token_S, expert_S, gate_S)
+    out_SD = F.grouped_mm(act_SF, down, offs=ends_E)
+    out_SD = out_SD if down_bias is None else out_SD + down_bias[expert_S]
+    sums.record_outputs(out_SD, token_S, expert_S, gate_S)
+
+    def act(expert: int, all_ND: Tensor) -> Tensor:
+        each = all_ND @ into[expert]
+        result: Tensor = gate(each if into_bias is None else each + into_bias[expert])
+        return result
+
+    sums.record_all_outputs(act, down.transpose(-2, -1), down_bias, hidden_ND)
     out_SD = out_SD * gate_S.unsqueeze(-1)
     unsorted = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
     return out_SD[unsorted].view(tokens, k, -1).sum(1).to(hidden_ND.dtype)
@@ -272,8 +290,9 @@ def _scoring_units(layout: ExpertLayout, experts: nn.Module) -> Callable[[Tensor
         out_SD = torch.cat([linear(act.to(linear.weight.dtype)) for linear, act in parts])
         sums.record_outputs(out_SD, token_S, expert_S, gate_S)
         sums.record_all_outputs(
-            lambda expert, all_ND: units[expert].act(into[expert](all_ND)), [linear.weight for linear in out], hidden_ND
-        )
+            lambda expert, all_ND: units[expert].act(into[expert](all_ND)), [linear.weight for linear in out], None,
+            hidden_ND,
+        )  # fmt: skip
         weighted_SD = (out_SD * gate_S.unsqueeze(-1)).to(hidden_ND.dtype)
         return torch.zeros_like(hidden_ND).index_add(0, token_S, weighted_SD)
 
@@ -284,12 +303,18 @@ class LayerSums:
     """Running sums of one layer."""
 
     def __init__(
-        self, view: LayerView, shape: Shape, device: torch.device, tokens: Tokens, expert_outputs: bool = False
+        self,
+        view: LayerView,
+        config: PreTrainedConfig,
+        device: torch.device,
+        tokens: Tokens,
+        expert_outputs: bool = False,
     ) -> None:
+        shape = shape_of(config)
         self.heads = HeadSums(shape.query_heads, device, tokens)
         self.experts: ExpertSums | None = None
         if view.experts is not None:
-            self.experts = ExpertSums(shape.expert_width, shape.num_experts, device, tokens)
+            self.experts = ExpertSums(shape, family_of(config).layout, device, tokens)
             if expert_outputs:
                 self.experts.outputs = accumulator(device, shape.num_experts, shape.hidden_size)
 
@@ -310,15 +335,16 @@ def tapped(
     model: PreTrainedModel, views: Sequence[LayerView], sweep: Sweep, expert_outputs: bool = False
 ) -> Iterator[list[LayerSums]]:
     """Run the experts of some layers through taps, listen to their routers, tap the input of each output projection."""
-    shape, family, found = shape_of(model.config), family_of(model.config), []
+    family, found = family_of(model.config), []
     with ExitStack() as stack:
         for view in views:
-            out: Any = view.attention.get_submodule(family.projections[-1])
-            sums = LayerSums(view, shape, out.weight.device, sweep.stacks[view.paths.stack], expert_outputs)
-            hook = out.register_forward_pre_hook(
-                lambda _module, args, heads=sums.heads: (_HeadTap.apply(args[0], heads), *args[1:])
-            )
-            stack.callback(hook.remove)
+            device = _device(view, model)
+            sums = LayerSums(view, model.config, device, sweep.stacks[view.paths.stack], expert_outputs)
+            if view.attention is not None:
+                hook = view.attention.get_submodule(family.projections[-1]).register_forward_pre_hook(
+                    lambda _module, args, heads=sums.heads: (_HeadTap.apply(args[0], heads), *args[1:])
+                )
+                stack.callback(hook.remove)
             if view.experts is not None and sums.experts is not None:
                 _SUMS[view.experts] = sums.experts
                 stack.callback(_SUMS.pop, view.experts)
@@ -336,6 +362,12 @@ def tapped(
             model.set_experts_implementation(_IMPLEMENTATION)
             stack.callback(model.set_experts_implementation, before)
         yield found
+
+
+def _device(view: LayerView, model: PreTrainedModel) -> torch.device:
+    """Where a layer's tapped weights are; of a layer without any, where others of the model are."""
+    tapped = next((module for module in (view.attention, view.experts) if module is not None), model)
+    return next(weight.device for weight in tapped.parameters() if tapped is not model or not weight.is_meta)
 
 
 def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -132,6 +132,15 @@ def skeleton(model: PreTrainedModel, layers_path: str, layers: Sequence[nn.Modul
     whole = model.get_submodule(layers_path)
     short = nn.ModuleList(copy.deepcopy(list(layers)))
     copied: Any = copy.deepcopy(model, {id(whole): short})
+    places = [list(whole.children()).index(layer) for layer in layers]
+    for key in (
+        "layer_types",
+        "layers_block_type",
+    ):  # a model of several kinds of layers asks what each is by its number
+        kinds = vars(copied.config).get(key)
+        if isinstance(kinds, list):
+            rest = [kind for place, kind in enumerate(kinds) if place not in places]
+            vars(copied.config)[key] = [kinds[place] for place in places] + rest
     copied.set_attn_implementation(_ATTENTION)
     return copied.to(dtype)
 

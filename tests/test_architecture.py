@@ -9,7 +9,7 @@ import slimmoe_hf
 
 PACKAGE = Path(slimmoe_hf.__file__).parent
 LEAVES = {
-    "families", "family_types", "family_rows",
+    "families", "family_types", "family_rows", "family_table", "limits",
     "data", "losses", "resumption", "loading", "stats", "atomic", "progress", "shards", "sources", "disk",
     "identity", "serving", "routing", "peak", "lora", "throughput", "shared_config", "shared_experts", "own_form",
     "shared_checkpoint",
@@ -18,7 +18,7 @@ LEAVES = {
     "schema", "generation_evaluation", "defaults",
 }  # fmt: skip
 SLIMMING = {
-    "calibration", "taps", "criteria", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
+    "calibration", "taps", "criteria", "attention_cuts", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
     "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
     "merged_forms",
     "streamed_teacher",

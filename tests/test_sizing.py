@@ -281,7 +281,7 @@ def test_bad_input_is_one_line_with_a_remedy(tmp_path, phi_folder):
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, message in (
-        (asked(dense), "Known: phimoe"),
+        (asked(dense), "slimmoe env --families"),
         (asked(empty), "no config.json there. Give"),
         (asked(tmp_path / "nowhere"), "no such folder or file. Give"),
         (asked(phi_folder, gpu=["H100"]), "Write it as 24GB"),

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slimmoe_hf.families import FAMILIES, Family
+from slimmoe_hf.families import FAMILIES, SWITCH, Family
 
 FAMILY_NAMES = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
-"""The decoder-only ones; a test of all takes `families()`, or `decoder_only(reason)`."""
+"""The decoder-only ones that most tests run on, or with Switch `families()`; `test_conformance` runs on every row."""
 VOCAB_SIZE = 320
 EXPERT_WIDTH, NUM_EXPERTS, NUM_LAYERS, KV_GROUPS, HEADS = 32, 4, 2, 2, 4
 
@@ -45,6 +45,44 @@ _OWN: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0], "num_hidden_layers": NUM_LAYERS + 1,
     },
 }  # fmt: skip
+# What any other family takes of these, if its config has them; the row says the rest.
+_COMMON: dict[str, Any] = {
+    **_SHAPE, "head_dim": 8, "intermediate_size": 48, "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "initializer_range": 0.3,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_dt_rank": 4,
+}  # fmt: skip
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+# Of these families, what is not derived: layers of every kind in few, groups of experts.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "qwen3_next": _LINEAR_AND_FULL,
+    "qwen3_5_moe_text": _LINEAR_AND_FULL,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "num_hidden_layers": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "num_hidden_layers": 4,
+                   "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+                   "moe_shared_expert_intermediate_size": 16},
+    "flint": {"mlp_only_layers": [0]},
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3},
+}  # fmt: skip
+
+
+def derived_values(family: str) -> dict[str, Any]:
+    """A config of a row that has no test code of its own."""
+    row, known = FAMILIES[family], AutoConfig.for_model(family).to_dict()
+    values = {key: value for key, value in _COMMON.items() if key in known}
+    if "kv_lora_rank" in known:
+        values.pop("head_dim", None)
+        values["num_key_value_heads"] = HEADS  # all heads read what is compressed
+    values |= {row.width_key: EXPERT_WIDTH, row.experts_key: NUM_EXPERTS, row.top_k_key: 2}
+    if row.routing_keys is not None:
+        values |= {row.experts_key: 2 * NUM_EXPERTS, row.routing_keys[0]: 2, row.routing_keys[1]: 1}
+    if row.shared_key is not None:
+        values[row.shared_key] = 1
+    return values | _SPECIAL.get(family, {})
 
 
 _MADE: dict[str, tuple[PreTrainedModel, torch.Tensor]] = {}
@@ -72,12 +110,15 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 
 def _new_decoder(family: str, overrides: dict[str, Any]) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{**_SHAPE, **_OWN[family], **overrides})
+    values = {**_SHAPE, **_OWN[family]} if family in _OWN else derived_values(family)
+    config = AutoConfig.for_model(family, **{**values, **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("bias", "sinks")):
+                tensor.normal_(std=0.1)
+            elif tensor.dim() == 2 and not tensor.any():  # a router that is left at zeros sends all to the same experts
+                tensor.normal_(std=0.3)
     return model
 
 
@@ -116,8 +157,8 @@ def _new_seq2seq(family: str, overrides: dict[str, Any]) -> PreTrainedModel:
 
 
 def families(refused: Callable[[Family], str] = lambda row: "") -> list[Any]:
-    """Every row of `FAMILIES`, for `parametrize`; skipped, with the reason, where `refused` gives one."""
-    reasons = {name: refused(row) for name, row in FAMILIES.items()}
+    """`FAMILY_NAMES` and Switch, for `parametrize`; skipped, with the reason, where `refused` gives one."""
+    reasons = {name: refused(FAMILIES[name]) for name in (*FAMILY_NAMES, SWITCH)}
     return [pytest.param(name, marks=pytest.mark.skip(reason=why)) if why else name for name, why in reasons.items()]
 
 

@@ -128,7 +128,7 @@ def kept_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> KeptSt
         kept_share=_rounded(share_LE),
         score_share=_rounded(own_LE / own_LE.mean(-1, keepdim=True).clamp(min=1e-300)),
         unreached=[(stats.meta.layers[row], expert) for row, expert in (stats.tokens_LE == 0).nonzero().tolist()],
-        groups_kept=[plan.groups[layer].tolist() for layer in sorted(plan.groups)],
+        groups_kept=[plan.groups[n].tolist() if n in plan.groups else [] for n in range(meta.before.layers) if plan.groups],
     )  # fmt: skip
 
 

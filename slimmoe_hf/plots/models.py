@@ -57,7 +57,8 @@ class KeptStage(Data):
         score_share: `[L, E]`, an expert's summed neuron score as a multiple of its layer's mean; where experts were
             dropped, the score that chose them.
         unreached: `(layer, expert)` of experts that no calibration token reached: their kept share is of weight norms.
-        groups_kept: `[A]` lists of the groups that stay; empty where none was cut.
+        groups_kept: `[A]` lists of the groups that stay, one for each layer and empty where it has no attention; empty where
+            none was cut.
     """
 
     stage: int

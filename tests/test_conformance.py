@@ -1,0 +1,287 @@
+"""What every row of the table of families promises; a new row is found here and needs no test code of its own.
+
+One family of every layout is in the fast suite, all of them are in the slow one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import in_two_processes
+from safetensors.torch import load_file
+from tiny import VOCAB_SIZE, tiny_batch, tiny_model, tiny_tokenizer
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.disk import auto_class, published_shapes
+from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, routing_groups, shape_of
+from slimmoe_hf.limits import refuse_merging
+from slimmoe_hf.loading import load_model
+from slimmoe_hf.merging import plan_merge
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streaming import stream_stats
+from slimmoe_hf.student_training import save_checkpoint
+from slimmoe_hf.surgery import apply_plan
+
+FAST = ("deepseek_v3", "granitemoe", "gpt_oss")
+"""Of layouts that no other fast test has: routing groups with a bias and shared experts; one tensor on disk for all experts;
+that transposed, interleaved and with biases."""
+
+
+def rows(fast: tuple[str, ...]) -> list[Any]:
+    """Every family, for `parametrize`; those that are not in `fast` are slow: forty of them, at a second or two each."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+every_family = pytest.mark.parametrize("family", rows(FAST[:1]))
+every_family_and_layout = pytest.mark.parametrize("family", rows(FAST))
+
+
+@functools.cache
+def model_and_stats(family: str) -> tuple[PreTrainedModel, ExpertStats]:
+    """Only ever to be copied."""
+    model = tiny_model(family)
+    return model, collect_stats(model, [tiny_batch()], "lm", progress=False)
+
+
+def fewer_experts(model: PreTrainedModel) -> int:
+    """One less than there are, or than there are in each routing group."""
+    return shape_of(model.config).num_experts - routing_groups(model.config)[0]
+
+
+def targets(model: PreTrainedModel) -> list[Target]:
+    """Each of the cuts that a family takes, and all at once."""
+    row, experts = FAMILIES[model.config.model_type], fewer_experts(model)
+    whole = Target(
+        expert_width=None if row.no_width else 16, kv_groups=None if row.no_groups else 1, num_experts=experts
+    )
+    single = [Target(**{name: value}) for name, value in whole if value is not None]
+    return [*single, whole] if len(single) > 1 else single
+
+
+def plan_for(family: str, target: Target) -> CompressionPlan:
+    return make_plan(model_and_stats(family)[1], target, "magnitude" if target.num_experts else "random", seed=3)
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: CompressionPlan) -> Iterator[PreTrainedModel]:
+    """The original whose dropped neurons and heads say nothing, and whose routers cannot choose dropped experts."""
+    model, gone = copy.deepcopy(model), {}
+    family, shape = FAMILIES[model.config.model_type], shape_of(model.config)
+    for view in layer_views(model):
+        if view.index in plan.experts:
+            lost = torch.ones(shape.num_experts, dtype=torch.bool)
+            lost[plan.experts[view.index]] = False
+            gone[view.router.get_parameter(family.router_weight).data_ptr()] = lost
+            if family.router_bias:  # added after the sigmoid or softmax of the logits
+                bias = model.state_dict()[f"{view.paths.feed_forward}.{family.router_bias}"]
+                bias[..., lost] = float("-inf")
+        if view.index in plan.neurons:
+            stay = plan.experts.get(view.index, torch.arange(shape.num_experts)).tolist()
+            for expert, kept in zip(stay, plan.neurons[view.index], strict=True):
+                lost = torch.ones(shape.expert_width, dtype=torch.bool)
+                lost[kept] = False
+                down = family.layout.weights(view.experts)[family.layout.down][expert].data
+                down.movedim(family.layout.down_axis, 0)[lost] = 0
+        if view.index in plan.groups and view.attention is not None:
+            lost = torch.ones(shape.kv_groups, dtype=torch.bool)
+            lost[plan.groups[view.index]] = False
+            out = view.attention.get_parameter(f"{family.projections[-1]}.weight").data
+            out.view(len(out), shape.kv_groups, -1)[:, lost] = 0
+    linear = torch.nn.functional.linear
+
+    def masking(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output, lost = linear(inputs, weight, bias), gone.get(weight.data_ptr())
+        return output if lost is None else output.masked_fill(lost, float("-inf"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", masking)
+        yield model
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def saved(folder: Path, model: PreTrainedModel, published: bool = True) -> Path:
+    model.save_pretrained(folder, max_shard_size="100KB", save_original_format=published)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def require_same_checkpoint(one: Path, other: Path) -> None:
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@every_family_and_layout
+@torch.no_grad()
+def test_slimmed_equals_masked(family: str):
+    model, batch = model_and_stats(family)[0], tiny_batch()
+    before = model(**batch).logits
+    for target in targets(model):
+        plan = plan_for(family, target)
+        with masked(model, plan) as reference:
+            expected = reference(**batch).logits
+        slimmed = apply_plan(copy.deepcopy(model), plan)
+        assert shape_of(slimmed.config) == plan.meta.after, target
+        assert_close(
+            slimmed(**batch).logits, expected, atol=2e-4, rtol=2e-4, msg=lambda text, at=target: f"{at}: {text}"
+        )
+        assert not torch.equal(expected, before), f"{target} changed nothing"
+
+
+@every_family_and_layout
+@torch.no_grad()
+def test_cut_in_memory_equals_cut_on_disk_and_both_reload_plainly(family: str, tmp_path: Path, caplog, capfd):
+    """From the published layout and from that in memory; the weights that are saved are those that transformers wants."""
+    model = model_and_stats(family)[0]
+    plan = plan_for(family, targets(model)[-1])
+    slimmed = apply_plan(copy.deepcopy(model), plan)
+    save_checkpoint(slimmed, tiny_tokenizer(), tmp_path / "in-memory", "float32")
+    for published in (True, False):
+        source = saved(tmp_path / f"source-{published}", model, published)
+        slim_checkpoint(source, plan, tmp_path / f"on-disk-{published}", shard_bytes=100_000)
+        require_same_checkpoint(tmp_path / f"on-disk-{published}", tmp_path / "in-memory")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors_of(tmp_path / "in-memory").items()}
+    assert found == published_shapes(slimmed.config)
+    caplog.clear()
+    reloaded, info = auto_class(model.config).from_pretrained(
+        tmp_path / "on-disk-True", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert "LOAD REPORT" not in capfd.readouterr().err
+    assert torch.equal(reloaded.eval()(**tiny_batch()).logits, slimmed(**tiny_batch()).logits)
+
+
+@every_family
+def test_mask_gradients_equal_weight_gradient_sums(family: str):
+    """dL/dm = sum_d W_down[d, f] grad(W_down)[d, f], on one sequence, with the loss written out here."""
+    model, batch = copy.deepcopy(model_and_stats(family)[0]), tiny_batch(rows=1)
+    stats = collect_stats(model, [batch], "lm", progress=False)
+    row, shape = FAMILIES[family], shape_of(model.config)
+    ahead = 0 if row.encoder_decoder else 1
+    logprobs = model(**batch).logits[0, : len(batch["labels"][0]) - ahead].log_softmax(-1)
+    (-logprobs.gather(-1, batch["labels"][0, ahead:, None]).sum()).backward()
+    for number, (_, experts, _) in enumerate(moe_layers(model)):
+        down = row.layout.weights(experts)[row.layout.down]
+        whole = isinstance(down, torch.Tensor)
+        for expert in range(shape.num_experts):
+            weight = down[expert]
+            gradient = down.grad[expert] if whole else weight.grad
+            product = weight * (torch.zeros_like(weight) if gradient is None else gradient)
+            expected = product.sum(1 - row.layout.down_axis).abs().double()
+            assert_close(stats.taylor_LEF[number, expert], expected, atol=1e-5, rtol=1e-3)
+    assert stats.taylor_LEF.sum() > 0
+    for view in layer_views(model):
+        if view.attention is not None:
+            out = view.attention.get_parameter(f"{row.projections[-1]}.weight")
+            heads = (out * out.grad).sum(0).view(shape.query_heads, -1).sum(-1).abs().double()
+            assert_close(stats.head_taylor_AH[view.index], heads, atol=1e-5, rtol=1e-3)
+
+
+@every_family
+def test_streamed_statistics_equal_those_in_memory_or_are_refused_with_the_reason(family: str, tmp_path: Path):
+    from streams import worst
+
+    path, batches = (
+        saved(tmp_path / "model", model_and_stats(family)[0]),
+        [tiny_batch(rows=2), tiny_batch(rows=1, seed=1)],
+    )
+    if why := FAMILIES[family].no_stream:
+        with pytest.raises(ValueError, match=why if not FAMILIES[family].encoder_decoder else "encoder-decoder"):
+            stream_stats(path, batches, "lm", work=tmp_path / "work", progress=False)
+        return
+    whole = collect_stats(load_model(path), batches, "lm", progress=False)
+    streamed = stream_stats(path, batches, "lm", work=tmp_path / "work", progress=False)
+    assert worst(streamed, whole) < 1e-4
+    assert streamed.meta == whole.meta
+
+
+@every_family
+@torch.no_grad()
+def test_saved_and_slimmed_again(family: str, tmp_path: Path):
+    """Slim, save, load, slim on disk, save: the sizes of the second cut, from the weights of the first."""
+    model = copy.deepcopy(model_and_stats(family)[0])
+    row = FAMILIES[family]
+    fewer = fewer_experts(model)
+    first = Target(num_experts=fewer) if row.no_width else Target(expert_width=16)
+    second = Target(num_experts=fewer - routing_groups(model.config)[0]) if row.no_width else Target(expert_width=8)
+    save_checkpoint(apply_plan(model, plan_for(family, first)), tiny_tokenizer(), tmp_path / "once", "float32")
+    once = load_model(tmp_path / "once")
+    plan = make_plan(collect_stats(once, [tiny_batch()], "lm", progress=False), second, "magnitude")
+    slim_checkpoint(tmp_path / "once", plan, tmp_path / "twice")
+    save_checkpoint(apply_plan(once, plan), tiny_tokenizer(), tmp_path / "twice-in-memory", "float32")
+    require_same_checkpoint(tmp_path / "twice", tmp_path / "twice-in-memory")
+    assert shape_of(load_model(tmp_path / "twice").config) == plan.meta.after
+
+
+@every_family
+@torch.no_grad()
+def test_generate_with_a_cache_agrees_with_no_cache_after_the_cut(family: str):
+    model = copy.deepcopy(model_and_stats(family)[0])
+    apply_plan(model, plan_for(family, targets(model)[-1]))
+    prompt = tiny_batch(rows=2, length=8)["input_ids"]
+    options: dict[str, Any] = {
+        "max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt), "eos_token_id": None,
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    cached, plain = (model.generate(prompt, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=1e-3, rtol=1e-3)
+
+
+@every_family
+@torch.no_grad()
+def test_merged_in_memory_equals_merged_on_disk_or_is_refused_with_the_reason(family: str, tmp_path: Path):
+    model, stats = model_and_stats(family)
+    model = copy.deepcopy(model)
+    if FAMILIES[family].no_merge or routing_groups(model.config)[0] > 1:
+        with pytest.raises(ValueError, match=FAMILIES[family].no_merge or "groups of equal size"):
+            plan_merge(model, stats, fewer_experts(model))
+        return
+    refuse_merging(model.config)
+    plan = plan_merge(model, stats, fewer_experts(model))
+    slim_checkpoint(saved(tmp_path / "source", model), plan, tmp_path / "on-disk")
+    save_checkpoint(apply_plan(model, plan), tiny_tokenizer(), tmp_path / "in-memory", "float32")
+    require_same_checkpoint(tmp_path / "on-disk", tmp_path / "in-memory")
+    assert load_model(tmp_path / "on-disk")(**tiny_batch()).logits.shape[-1] == VOCAB_SIZE
+
+
+def _sweep_in_process(rank: int, folder: str) -> None:
+    """Each of two processes has half of the rows."""
+    found = {}
+    for family in FAMILIES:
+        model = tiny_model(family)
+        batch = {name: value[2 * rank : 2 * rank + 2] for name, value in tiny_batch().items()}
+        stats = collect_stats(model, [batch], "lm", progress=False)
+        plan = make_plan(stats, targets(model)[-1], "fisher")
+        found[family] = [plan.sha256, float(stats.taylor_LEF.sum()), stats.meta.tokens]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow  # two processes that import torch and build every family
+def test_two_processes_agree_and_see_what_one_sees(tmp_path: Path):
+    assert in_two_processes(_sweep_in_process, tmp_path) == [0, 0]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other and one.keys() == FAMILIES.keys()
+    for family in FAMILIES:
+        if FAMILIES[family].capacity_key is not None:
+            continue  # an expert's room is counted batch by batch
+        alone = collect_stats(tiny_model(family), [tiny_batch()], "lm", progress=False)
+        assert one[family][2] == alone.meta.tokens
+        assert_close(one[family][1], float(alone.taylor_LEF.sum()), rtol=1e-4, atol=0)
