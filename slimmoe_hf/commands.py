@@ -52,6 +52,7 @@ from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import dataset_hash, load_documents, tokenize
 from slimmoe_hf.describe import compare_plans, describe_plan, super_notes
 from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.family_table import COLUMNS, supported
 from slimmoe_hf.free_memory import free_memory
 from slimmoe_hf.loading import (
     files_sha256,
@@ -82,7 +83,10 @@ def be_quiet() -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    """Versions, threads, memory and devices."""
+    """Versions, threads, memory and devices; or what can be done with each family."""
+    if args.families:
+        _show_families(args.json)
+        return
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "slimmoe_hf": slimmoe_hf.__version__,
@@ -101,6 +105,22 @@ def env(args: argparse.Namespace) -> None:
     for name, value in found.items():
         rows.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     Console().print(rows)
+
+
+def _show_families(as_json: bool) -> None:
+    """A row for each family; limits and reasons once, below."""
+    found = supported()
+    if as_json:
+        print_json({name: {key: each._asdict() for key, each in row.items()} for name, row in found.items()})
+        return
+    rows, notes = Table("model type", *COLUMNS, box=None), dict[str, int]()
+    for name, row in found.items():
+        marks = [f" ({notes.setdefault(each.why, len(notes) + 1)})" if each.why else "" for each in row.values()]
+        rows.add_row(name, *(f"{each.word}{mark}" for each, mark in zip(row.values(), marks, strict=True)))
+    console = Console()
+    console.print(rows)
+    for why, number in notes.items():
+        console.print(f"({number}) {why}", highlight=False, soft_wrap=True)
 
 
 def score(args: argparse.Namespace) -> None:

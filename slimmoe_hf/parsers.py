@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_env(commands: Any) -> None:
     parser = add_command(commands, "env", "Show versions, threads, memory and devices.", "slimmoe env --json")
+    parser.add_argument("--families", action="store_true", help="show what can be cut of which model family")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

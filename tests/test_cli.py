@@ -106,7 +106,7 @@ def test_flags_are_a_visible_decision():
         "--per-device-train-batch-size", "--gradient-accumulation-steps", "--save-steps",
     }  # fmt: skip
     assert flags == {
-        "env": common | {"--json"},
+        "env": common | {"--json", "--families"},
         "size": common | {
             "--revision", "--expert-width", "--kv-groups", "--num-experts", "--target", "--stages", "--gpu", "--length",
             "--batch-size", "--dtype", "--json", "--config",

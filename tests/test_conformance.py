@@ -40,7 +40,7 @@ that transposed, interleaved and with biases."""
 
 
 def rows(fast: tuple[str, ...]) -> list[Any]:
-    """Every family, for `parametrize`; those that are not in `fast` are slow: forty of them, at a second or two each."""
+    """Every family, for `parametrize`; those that are not in `fast` are slow: it is a second or two each."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
