@@ -48,6 +48,15 @@ class Pass(nn.Module):
         return hidden_states
 
 
+def begins_with(given_BTD: Tensor, model: PreTrainedModel, first: nn.Module) -> bool:
+    """Whether a model gives its first layer the embeddings `given_BTD` as they are, so that it can be begun at any other."""
+    seen: list[Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model.base_model(inputs_embeds=given_BTD, use_cache=False)
+    hook.remove()
+    return torch.equal(seen[0], given_BTD)
+
+
 class _Reader:
     """Reads what a module wants, by the names that its weights have in memory, as they are stored."""
 
@@ -168,11 +177,7 @@ class Blocks:
             {name: weight.to(self.device, self.dtype) for name, weight in rest.items()}, strict=False, assign=True
         )
         given = torch.ones(1, 2, self.hidden_size, dtype=self.dtype, device=self.device)
-        seen: list[Tensor] = []
-        hook = self._slots[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-        self.model.base_model(inputs_embeds=given, use_cache=False)
-        hook.remove()
-        if not torch.equal(seen[0], given):
+        if not begins_with(given, self.model, self._slots[0]):
             raise ValueError(
                 f"a {self.config.model_type} changes its embeddings before the first layer, so it cannot be run one "
                 "layer at a time. Load it whole."

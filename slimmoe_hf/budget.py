@@ -13,6 +13,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.families import family_of, shape_of
+from slimmoe_hf.limits import possible_experts, possible_widths
 from slimmoe_hf.plan import ALIGNMENT, Target
 from slimmoe_hf.sizing import STEP, expert_parameters, parameter_counts, parse_size, slimmed_config
 
@@ -59,7 +60,7 @@ class Sizes:
 
     Attributes:
         whole: Of the model itself. shape: Its sizes.
-        experts, widths, groups: What shapes may have: of experts at least as many as a token is sent to.
+        experts, widths, groups: What shapes may have, ascending.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -69,17 +70,17 @@ class Sizes:
             config: The model's.
         """
         family, shape, self.whole = family_of(config), shape_of(config), parameter_counts(config)
-        self.shape = shape
+        self.shape, self.experts = shape, possible_experts(config)
         self.per_neuron = expert_parameters(config) // (shape.num_experts * shape.expert_width)
         self.per_expert = self.per_group = 0
-        if shape.num_experts > shape.top_k:
-            gone = self.whole.total - self._total(config, Target(num_experts=shape.num_experts - 1))
-            self.per_expert = gone - self.per_neuron * shape.expert_width
+        if len(self.experts) > 1:
+            fewer = self.experts[-2]
+            gone = self.whole.total - self._total(config, Target(num_experts=fewer))
+            self.per_expert = gone // (shape.num_experts - fewer) - self.per_neuron * shape.expert_width
         if shape.kv_groups > 1 and not family.no_groups:
             self.per_group = self.whole.total - self._total(config, Target(kv_groups=shape.kv_groups - 1))
         step = STEP if shape.expert_width >= FEW * STEP else ALIGNMENT
-        self.widths = [*([] if family.no_width else range(step, shape.expert_width, step)), shape.expert_width]
-        self.experts = list(range(shape.top_k, shape.num_experts + 1))
+        self.widths = possible_widths(config, step)
         self.groups = [shape.kv_groups] if family.no_groups else list(range(1, shape.kv_groups + 1))
 
     @staticmethod

@@ -246,16 +246,14 @@ def above(scores: Tensor, first: Tensor) -> Tensor:
 
 
 def dealt(scores: Tensor, groups: int) -> Tensor:
-    """The same scores, but the first of each of `groups` stretches of a row lifted above every second, these above every third."""
+    """The same scores, but the first of each of `groups` stretches of a row above every second one, and so on."""
     if groups == 1:
         return scores
     order = torch.sort(scores.unflatten(-1, (groups, -1)), dim=-1, descending=True, stable=True).indices
     return scores - order.argsort(dim=-1).flatten(-2) * (scores.max() - scores.min() + 1)
 
 
-def choose(
-    scores: Tensor, number: int, layers: Iterable[int], first: Tensor | None = None, groups: int = 1
-) -> Chosen:
+def choose(scores: Tensor, number: int, layers: Iterable[int], first: Tensor | None = None, groups: int = 1) -> Chosen:
     """The `number` highest scores along the last axis, ascending; ties go to the lower index.
 
     Args:

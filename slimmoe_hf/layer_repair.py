@@ -6,7 +6,7 @@ inputs of a projection (F' neurons, or H' * C of the attention).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -75,22 +75,33 @@ class _Weights:
     """The experts of a layer, one at a time, however they are laid out."""
 
     def __init__(self, experts: Any, layout: ExpertLayout) -> None:
-        self.layout, weights = layout, layout.weights(experts)
-        self.into, self.down = weights[layout.gate_up], weights[layout.down]
-        self._act = experts._apply_gate if layout.unit is None else layout.units(experts)[0].act
-        first = self.down[0]
+        self.experts, self.layout = experts, layout
+        self.own: dict[str, Sequence[Tensor]] = {
+            **dict(experts.named_parameters(recurse=False)),
+            **layout.weights(experts),
+        }
+        if layout.unit is not None:
+            self._act = layout.units(experts)[0].act
+        else:
+            self._act = experts._apply_gate if layout.gated else experts.act_fn
+        first = self.own[layout.down][0]
         self.device, self.dtype, self.width = first.device, first.dtype, first.shape[layout.down_axis]
 
-    def activations(self, into: Tensor, hidden_SD: Tensor) -> Tensor:
-        """`[S, F]`, before the gate weights."""
-        found: Tensor = self._act(hidden_SD @ (into if self.layout.transposed else into.T))
-        return found.float()
+    def activations(self, of: Mapping[str, Sequence[Tensor]], expert: int, hidden_SD: Tensor) -> Tensor:
+        """`[S, F]`, before the gate weights, with the weights in `of`."""
+        into, bias = of[self.layout.gate_up][expert], self.layout.gate_up_bias
+        found = hidden_SD @ (into if self.layout.transposed else into.T)
+        act: Tensor = self._act(found if bias is None else found + of[bias][expert])
+        return act.float()
 
-    def down_DF(self, expert: int) -> Tensor:
-        return self.out(self.down[expert])
-
-    def out(self, down: Tensor) -> Tensor:
+    def down_DF(self, of: Mapping[str, Sequence[Tensor]], expert: int) -> Tensor:
+        down = of[self.layout.down][expert]
         return (down.T if self.layout.transposed else down).float()
+
+    def outputs(self, of: Mapping[str, Sequence[Tensor]], expert: int, act_SF: Tensor) -> Tensor:
+        """`[S, D]`, of activations."""
+        out_SD, bias = act_SF @ self.down_DF(of, expert).T, self.layout.down_bias
+        return out_SD if bias is None else out_SD + of[bias][expert].float()
 
 
 class _Narrowed:
@@ -105,11 +116,11 @@ class _Narrowed:
             return None
         number, weights = self.numbers[expert], self.weights
         kept, dropped = _both(self.kept_EF[number], weights.width)
-        act_SF = weights.activations(weights.into[expert], hidden_SD)
-        return number, act_SF[:, kept], act_SF[:, dropped] @ weights.down_DF(expert)[:, dropped].T
+        act_SF = weights.activations(weights.own, expert, hidden_SD)
+        return number, act_SF[:, kept], act_SF[:, dropped] @ weights.down_DF(weights.own, expert)[:, dropped].T
 
     def plain(self, number: int) -> Tensor:
-        return self.weights.down_DF(self.stay[number])[:, self.kept_EF[number]]
+        return self.weights.down_DF(self.weights.own, self.stay[number])[:, self.kept_EF[number]]
 
 
 class _Merged:
@@ -117,18 +128,17 @@ class _Merged:
 
     def __init__(self, weights: _Weights, blend: Blend) -> None:
         self.weights, self.owners = weights, blend.owner.tolist()
-        (_, into_axis, into_EF), (_, down_axis, order_EF) = weights.layout.sides(blend.order, weights.width)
-        self.into = list(blend.each(weights.into, into_EF, into_axis))
-        self.down = list(blend.each(weights.down, order_EF, down_axis))
+        averaged = weights.layout.averaged(weights.experts, blend.order)
+        self.merged = {name: list(blend.each(own, order_EF, axis)) for name, own, axis, order_EF in averaged}
 
     def split(self, expert: int, hidden_SD: Tensor) -> tuple[int, Tensor, Tensor] | None:
         number, weights = self.owners[expert], self.weights
-        act_SF = weights.activations(self.into[number], hidden_SD)
-        own_SD = weights.activations(weights.into[expert], hidden_SD) @ weights.down_DF(expert).T
-        return number, act_SF, own_SD - act_SF @ self.plain(number).T
+        act_SF = weights.activations(self.merged, number, hidden_SD)
+        own_SD = weights.outputs(weights.own, expert, weights.activations(weights.own, expert, hidden_SD))
+        return number, act_SF, own_SD - weights.outputs(self.merged, number, act_SF)
 
     def plain(self, number: int) -> Tensor:
-        return self.weights.out(self.down[number])
+        return self.weights.down_DF(self.merged, number)
 
 
 def _both(kept_X: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +162,7 @@ class LayerRepair:
         """
         self.view, layer, family = view, view.index, family_of(model.config)
         self.tokens, self.layout = sweep.stacks[view.paths.stack], family.layout
-        out: Any = view.attention.get_submodule(family.projections[-1])
-        self.projection, device, hidden = out, out.weight.device, plan.meta.before.hidden_size
+        hidden = plan.meta.before.hidden_size
         self.experts: CutExperts | None = None
         self.fits: list[Fit] = []
         self.attention: Fit | None = None
@@ -167,11 +176,12 @@ class LayerRepair:
                 else _Narrowed(weights, plan.neurons[layer], stay)
             )
             number = plan.blends[layer].number if layer in plan.blends else len(stay)
-            self.fits = [Fit(plan.meta.after.expert_width, hidden, device) for _ in range(number)]
-        if layer in plan.groups:
+            self.fits = [Fit(plan.meta.after.expert_width, hidden, weights.device) for _ in range(number)]
+        if layer in plan.groups and view.attention is not None:
+            out: Any = view.attention.get_submodule(family.projections[-1])
             queries, _ = plan.attention_rows(layer)
-            self.queries = queries.to(device)
-            self.attention = Fit(len(queries), hidden, device)
+            self.projection, device = out, out.weight.device
+            self.queries, self.attention = queries.to(device), Fit(len(queries), hidden, device)
 
     @contextmanager
     def listening(self) -> Iterator[bool]:

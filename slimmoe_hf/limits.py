@@ -10,6 +10,29 @@ from transformers import PreTrainedConfig
 from slimmoe_hf.families import family_of, routing_groups, shape_of
 
 
+def possible_experts(config: PreTrainedConfig) -> list[int]:
+    """How many experts a layer may keep, ascending."""
+    shape, least, (groups, kept) = shape_of(config), shape_of(config).top_k, routing_groups(config)
+    if family_of(config).routing_keys is not None:
+        least = groups * max(2, -(-shape.top_k // kept))
+    return [*range(least, shape.num_experts, groups), shape.num_experts]
+
+
+def possible_widths(config: PreTrainedConfig, step: int) -> list[int]:
+    """Multiples of `step` that experts may be narrowed to, and the width that they have; ascending."""
+    family, width = family_of(config), shape_of(config).expert_width
+    whole = _shared_width(config)
+    fewer = [] if family.no_width else [each for each in range(step, width, step) if whole % each == 0]
+    return [*fewer, width]
+
+
+def _shared_width(config: PreTrainedConfig) -> int:
+    """Neurons of the shared experts, where their width is a number of times the others'; 0 without."""
+    family = family_of(config)
+    times = 0 if family.shared_key is None else getattr(config, family.shared_key) or 0
+    return times * shape_of(config).expert_width
+
+
 def check_groups(config: PreTrainedConfig, experts: int) -> None:
     """Raise ValueError unless `experts` a layer can be dealt into the model's routing groups.
 
@@ -17,11 +40,8 @@ def check_groups(config: PreTrainedConfig, experts: int) -> None:
     a group by its two best; and together those that a token may take from have to hold all that it takes.
     """
     family, shape, (groups, kept) = family_of(config), shape_of(config), routing_groups(config)
-    if family.routing_keys is None or experts == shape.num_experts:
-        return
-    each = max(2, -(-shape.top_k // kept))
-    legal = list(range(groups * each, shape.num_experts + 1, groups))
-    if experts not in legal:
+    legal = possible_experts(config)
+    if family.routing_keys is not None and experts not in legal:
         listed = ", ".join(map(str, legal if len(legal) <= 6 else [*legal[:3], "...", *legal[-2:]]))
         raise ValueError(
             f"num_experts={experts} cannot be had: the router deals experts into {groups} groups "
@@ -34,15 +54,12 @@ def check_shared(config: PreTrainedConfig, width: int) -> None:
 
     They are F times a whole number wide. Halving F and doubling the number leaves them whole.
     """
-    key, before = family_of(config).shared_key, shape_of(config).expert_width
-    times = 0 if key is None else getattr(config, key) or 0
-    whole = times * before
-    if whole and whole % width:
-        legal = [number for number in range(8, before + 1, 8) if whole % number == 0]
-        near = sorted(legal, key=lambda number: abs(number - width))[:4]
+    key, whole = family_of(config).shared_key, _shared_width(config)
+    if whole % width:
+        near = sorted(possible_widths(config, 8), key=lambda number: abs(number - width))[:4]
         raise ValueError(
             f"expert_width={width} cannot be had: the shared experts are {key} times the expert width, {whole} neurons, and "
-            f"{width} does not divide that. Nearest: {', '.join(map(str, sorted(near))) or before}."
+            f"{width} does not divide that. Nearest: {', '.join(map(str, sorted(near)))}."
         )
 
 

@@ -23,7 +23,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from slimmoe_hf.criteria import above, expert_ranking, output_fisher, ranking
+from slimmoe_hf.criteria import above, dealt, expert_ranking, output_fisher, ranking
+from slimmoe_hf.families import config_from, routing_groups
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts
 
@@ -90,7 +91,8 @@ class Losses:
         score, chosen = output_fisher(stats), ranking(stats, criterion, seed)
         neurons_LEF = _per_token(stats)
         left_LEF = _behind(neurons_LEF, chosen.neurons_LEF)
-        experts_LE = above(expert_ranking(stats, expert_criterion, seed), super_experts(stats))
+        groups, _ = routing_groups(config_from(stats.meta.config))
+        experts_LE = dealt(above(expert_ranking(stats, expert_criterion, seed), super_experts(stats)), groups)
         order_LE = experts_LE.argsort(dim=-1, descending=True, stable=True)
         tails_LEW = left_LEF[..., list(widths)].gather(1, order_LE.unsqueeze(-1).expand(-1, -1, len(widths)))
         self.narrowing_EW = tails_LEW.cumsum(1).sum(0)

@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.blocks import Pass
+from slimmoe_hf.blocks import Pass, begins_with
 from slimmoe_hf.calibration import seen_in, share_seen
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import LayerView, family_of, layer_views
@@ -84,7 +84,7 @@ def reconstruct(
     seen.require_tokens()
     found = {}
     with _in_eval(model):
-        text = (_Anew if whole else _Through)(model, given, sweep)
+        text = (_Anew if whole or not _through(model) else _Through)(model, given, sweep)
         for view in track(layer_views(model), "Reconstructing", disable=not progress):
             layer = LayerRepair(model, view, plan, sweep)
             with layer.listening() as wanted:
@@ -160,6 +160,13 @@ def _in_eval(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def _through(model: PreTrainedModel) -> bool:
+    """Whether text can be kept between two layers: not where embeddings change before the first one."""
+    embeddings: Any = model.get_input_embeddings()
+    given = torch.ones(1, 2, embeddings.weight.shape[-1], dtype=model.dtype, device=model.device)
+    return begins_with(given, model, model.get_submodule(f"{family_of(model.config).layers}.0"))
+
+
 class _Through:
     """Text on its way through a decoder-only model, all of it through one layer before the next."""
 
@@ -178,7 +185,7 @@ class _Through:
 
 
 class _Anew:
-    """Text that passes a whole encoder-decoder for each layer that is cut: its blocks need what the first one makes for all."""
+    """Text that passes a whole model for each layer that is cut: an encoder-decoder's blocks need what the first one makes."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], sweep: Sweep) -> None:
         self.model, self.batches, self.sweep = model, batches, sweep

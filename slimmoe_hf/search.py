@@ -5,16 +5,14 @@ Shape letters: E' experts kept, F' width kept, G' key/value groups kept.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoConfig
 
 from slimmoe_hf.budget import Limits, Sizes
 from slimmoe_hf.criteria import check_criteria
-from slimmoe_hf.families import Shape
+from slimmoe_hf.families import Shape, config_from
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.predicted_loss import Losses, Lost, Weights, fitted, wanted_widths
 from slimmoe_hf.stats import ExpertStats
@@ -248,7 +246,7 @@ def finished(found: Search, stats: ExpertStats) -> Search:
 
 
 def _sizes(stats: ExpertStats) -> Sizes:
-    return Sizes(AutoConfig.for_model(**copy.deepcopy(stats.meta.config)))
+    return Sizes(config_from(stats.meta.config))
 
 
 def _within(sizes: Sizes, losses: Losses, limits: Limits) -> list[Candidate]:

@@ -135,9 +135,10 @@ class _Check:
         """The loss where one expert puts out nothing."""
         model, layout = _sharing(self.model), family_of(self.model.config).layout
         experts = next(module for index, module, _ in moe_layers(model) if index == layer)
-        down = dict(experts.named_parameters())[layout.down].detach().clone()
-        down[expert] = 0
-        experts.register_parameter(layout.down, nn.Parameter(down, requires_grad=False))
+        for name in filter(None, (layout.down, layout.down_bias)):
+            silent = experts.get_parameter(name).detach().clone()
+            silent[expert] = 0
+            experts.register_parameter(name, nn.Parameter(silent, requires_grad=False))
         return self._loss(model)
 
 

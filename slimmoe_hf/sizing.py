@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 from slimmoe_hf.describe import alignment_note
 from slimmoe_hf.evaluation import count_parameters
 from slimmoe_hf.families import family_of, moe_layers, set_shape, shape_of
+from slimmoe_hf.limits import possible_widths
 from slimmoe_hf.loading import load_config
 from slimmoe_hf.memory import meta_model
 from slimmoe_hf.plan import Target, validate_target
@@ -214,20 +216,21 @@ def suggest_stages(config: PreTrainedConfig, size: str, stages: int = 1, kv_grou
     last = config if kv_groups is None else slimmed_config(config, Target(kv_groups=kv_groups))
     counts = parameter_counts(last)
     per_step = expert_parameters(last) // shape.expert_width * STEP
-    width = shape.expert_width - shape.expert_width % STEP
+    possible = [width for width in possible_widths(config, STEP) if width % STEP == 0]
     fixed = counts.total - expert_parameters(last)
-    largest, smallest = parameter_counts(config).total, fixed + per_step
+    least = possible[0] if possible else STEP
+    largest, smallest = parameter_counts(config).total, fixed + per_step * (least // STEP)
     if value - unit / 2 > largest:
         raise ValueError(f"--target {size} is more than the model's {largest:,} parameters. Ask for fewer.")
-    while width >= STEP and fixed + per_step * (width // STEP) >= most:
-        width -= STEP
-    if width < STEP:
+    fitting = [width for width in possible if fixed + per_step * (width // STEP) < most]
+    if not fitting:
         raise ValueError(
-            f"--target {size} is less than the {smallest:,} parameters that width {STEP} leaves. Ask for more, or cut "
+            f"--target {size} is less than the {smallest:,} parameters that width {least} leaves. Ask for more, or cut "
             "key/value groups too (--kv-groups)."
         )
-    ratio = width / shape.expert_width
-    widths = [round(shape.expert_width * ratio ** (k / stages) / STEP) * STEP for k in range(1, stages)] + [width]
+    width = fitting[-1]
+    wanted = [shape.expert_width * (width / shape.expert_width) ** (k / stages) for k in range(1, stages)]
+    widths = [*(_nearest(possible, each) for each in wanted), width]
     if any(later >= earlier for earlier, later in zip([shape.expert_width, *widths], widths, strict=False)):
         if stages == 1 and width == shape.expert_width and kv_groups is not None:
             return [_stage(config, Target(kv_groups=kv_groups), width)]
@@ -240,12 +243,21 @@ def suggest_stages(config: PreTrainedConfig, size: str, stages: int = 1, kv_grou
     return [_stage(config, target, target.expert_width or width) for target in targets]
 
 
+def _nearest(widths: Sequence[int], wanted: float) -> int:
+    return min(widths, key=lambda width: abs(width - wanted))
+
+
 def _stage(config: PreTrainedConfig, target: Target, width: int) -> Stage:
     counts = parameter_counts(slimmed_config(config, target))
     return Stage(target=target, total=counts.total, active=counts.active, alignment=alignment_note(width))
 
 
 def expert_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of all experts; every one of them belongs to a neuron, so they grow with the width alone."""
-    model = meta_model(config)
-    return sum(parameter.numel() for _, module, _ in moe_layers(model) for parameter in module.parameters())
+    """Parameters of all experts that belong to a neuron, so that they grow with the width: all but the biases of outputs."""
+    model, layout = meta_model(config), family_of(config).layout
+    return sum(
+        parameter.numel()
+        for _, module, _ in moe_layers(model)
+        for name, parameter in module.named_parameters()
+        if name != layout.down_bias
+    )
