@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from slimmoe_hf.families import family_of, shape_of
 from slimmoe_hf.limits import possible_experts, possible_widths
 from slimmoe_hf.plan import ALIGNMENT, Target
-from slimmoe_hf.sizing import STEP, expert_parameters, parameter_counts, parse_size, slimmed_config
+from slimmoe_hf.sizing import STEP, expert_parameters, neuron_parameters, parameter_counts, parse_size, slimmed_config
 
 FEW = 8
 """A model with fewer widths than this at steps of `STEP` has them at steps of `ALIGNMENT` (our choice)."""
@@ -71,7 +71,9 @@ class Sizes:
         """
         family, shape, self.whole = family_of(config), shape_of(config), parameter_counts(config)
         self.shape, self.experts = shape, possible_experts(config)
-        self.per_neuron = expert_parameters(config) // (shape.num_experts * shape.expert_width)
+        neurons = neuron_parameters(config)
+        self.per_neuron = neurons // (shape.num_experts * shape.expert_width)
+        self.besides = (expert_parameters(config) - neurons) // shape.num_experts
         self.per_expert = self.per_group = 0
         if len(self.experts) > 1:
             fewer = self.experts[-2]
@@ -92,7 +94,7 @@ class Sizes:
         shape = self.shape
         gone = self.per_group * (shape.kv_groups - groups) + self.per_expert * (shape.num_experts - experts)
         total = self.whole.total - gone - self.per_neuron * (shape.num_experts * shape.expert_width - experts * width)
-        return total, total - self.per_neuron * width * (experts - shape.top_k)
+        return total, total - (self.per_neuron * width + self.besides) * (experts - shape.top_k)
 
     def widest(self, experts: int, groups: int, limits: Limits) -> int | None:
         """The widest experts that so many of them and so many groups leave room for; None where there is none."""

@@ -19,8 +19,8 @@ from slimmoe_hf.family_types import DiskNames, ExpertLayout, Family, LayerPaths,
 
 __all__ = [
     "DECODERS", "FAMILIES", "SWITCH", "UNSUPPORTED", "DiskNames", "ExpertLayout", "Family", "LayerPaths", "LayerView",
-    "Shape", "Stack", "config_from", "family_of", "layer_views", "moe_layers", "refuse_encoder_decoder", "routing_groups",
-    "set_shape", "shape_of", "shape_values",
+    "Shape", "Stack", "config_from", "expert_size", "family_of", "layer_views", "moe_layers", "refuse_encoder_decoder",
+    "routing_groups", "set_shape", "shape_of", "shape_values",
 ]  # fmt: skip
 
 
@@ -35,6 +35,11 @@ def family_of(config: PreTrainedConfig) -> Family:
         return FAMILIES[model_type]
     if model_type in UNSUPPORTED:
         raise ValueError(f"a {model_type} cannot be slimmed: {UNSUPPORTED[model_type]}.")
+    part = config.to_dict().get("text_config")
+    if isinstance(part, dict) and part.get("model_type") in FAMILIES:
+        raise ValueError(
+            f"a {model_type} is a model of several parts. Save its language model by itself ({part['model_type']}), and slim it."
+        )
     near = difflib.get_close_matches(model_type, FAMILIES, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(
@@ -143,6 +148,12 @@ def routing_groups(config: PreTrainedConfig) -> tuple[int, int]:
         return 1, 1
     groups, kept = (getattr(config, key) or 1 for key in family.routing_keys)
     return groups, min(kept, groups)
+
+
+def expert_size(config: PreTrainedConfig) -> int:
+    """The width of what experts are given and put out: the model's own, unless there are projections around them."""
+    key = family_of(config).expert_size_key
+    return (None if key is None else getattr(config, key)) or config.hidden_size
 
 
 def set_shape(config: PreTrainedConfig, shape: Shape) -> None:

@@ -137,7 +137,13 @@ FAMILIES = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE,
-    "granitemoe_swa": replace(_GRANITE, head_rows=("sinks",)),
+    "granitemoe_swa": replace(
+        _GRANITE, head_rows=("sinks",),
+        disk=DiskNames(
+            gate=None, up="block_sparse_moe.experts.{}.gate_up_proj", down="block_sparse_moe.experts.{}.down_proj", fused=True,
+            router="block_sparse_moe.router.weight",
+        ),
+    ),
     "kolibri1": replace(
         _QWEN, experts_key="num_local_experts", router_bias="mlp.gate.e_score_correction_bias",
         disk=DiskNames(
@@ -167,7 +173,7 @@ FAMILIES = {
     "nemotron_h": Family(
         "mixer.experts", "mixer.gate", "moe_intermediate_size", "n_routed_experts", stacks=(Stack(attention="mixer"),),
         routing_keys=("n_group", "topk_group"), router_bias="mixer.gate.e_score_correction_bias",
-        layout=ExpertLayout(gate_up="up_proj", gated=False),
+        layout=ExpertLayout(gate_up="up_proj", gated=False), expert_size_key="moe_latent_size",
         disk=DiskNames(
             gate=None, up="mixer.experts.{}.up_proj.weight", down="mixer.experts.{}.down_proj.weight", root="backbone",
             router="mixer.gate.weight", router_bias="mixer.gate.e_score_correction_bias",

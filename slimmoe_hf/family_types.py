@@ -209,6 +209,7 @@ class Family:
         query_parts: How many times the head width a head's rows in the query projection are.
         query_rows: Further weights of the attention with as many rows as the output projection has columns.
         head_rows: Those with a row per query head.
+        expert_size_key: Config key of the width of what experts are given and put out; without a key or a value it is D.
         capacity_key: Config key of how many tokens of a row an expert takes at most; fewer experts take more each.
         no_groups: Why key/value groups cannot be cut; empty where they can.
         no_width: Why experts cannot be narrowed; empty where they can.
@@ -233,6 +234,7 @@ class Family:
     query_parts: int = 1
     query_rows: tuple[str, ...] = ()
     head_rows: tuple[str, ...] = ()
+    expert_size_key: str | None = None
     capacity_key: str | None = None
     no_groups: str = ""
     no_width: str = ""

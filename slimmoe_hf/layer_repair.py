@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.blends import Blend
 from slimmoe_hf.calibration import add_up
-from slimmoe_hf.families import ExpertLayout, LayerView, family_of
+from slimmoe_hf.families import ExpertLayout, LayerView, expert_size, family_of
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.taps import Sweep, accumulator
 
@@ -162,7 +162,6 @@ class LayerRepair:
         """
         self.view, layer, family = view, view.index, family_of(model.config)
         self.tokens, self.layout = sweep.stacks[view.paths.stack], family.layout
-        hidden = plan.meta.before.hidden_size
         self.experts: CutExperts | None = None
         self.fits: list[Fit] = []
         self.attention: Fit | None = None
@@ -176,12 +175,13 @@ class LayerRepair:
                 else _Narrowed(weights, plan.neurons[layer], stay)
             )
             number = plan.blends[layer].number if layer in plan.blends else len(stay)
-            self.fits = [Fit(plan.meta.after.expert_width, hidden, weights.device) for _ in range(number)]
+            sizes = plan.meta.after.expert_width, expert_size(model.config)
+            self.fits = [Fit(*sizes, weights.device) for _ in range(number)]
         if layer in plan.groups and view.attention is not None:
             out: Any = view.attention.get_submodule(family.projections[-1])
             queries, _ = plan.attention_rows(layer)
             self.projection, device = out, out.weight.device
-            self.queries, self.attention = queries.to(device), Fit(len(queries), hidden, device)
+            self.queries, self.attention = queries.to(device), Fit(len(queries), plan.meta.before.hidden_size, device)
 
     @contextmanager
     def listening(self) -> Iterator[bool]:

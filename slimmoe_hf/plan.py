@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blends import KINDS, Blend, Merging
 from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
-from slimmoe_hf.families import Shape, config_from, family_of, routing_groups, shape_of
+from slimmoe_hf.families import Shape, config_from, expert_size, family_of, routing_groups, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
 from slimmoe_hf.limits import check_groups, check_shared
 from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
@@ -225,6 +225,7 @@ class CompressionPlan:
             raise ValueError(f"the plan drops key/value groups: {family_of(config).no_groups}.")
         if self.neurons and family_of(config).no_width:
             raise ValueError(f"the plan narrows experts: {family_of(config).no_width}.")
+        self.repairs.check_size(expert_size(config))
         have, want = shape_of(config), self.meta.before
         if have != want:
             differences = [

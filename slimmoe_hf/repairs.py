@@ -64,6 +64,14 @@ class Repairs:
         found = self.down_proj.get(layer)
         return found.mT if found is not None and layout.transposed else found
 
+    def check_size(self, size: int) -> None:
+        """Raise ValueError unless the weights of experts have `size` outputs, as the model's own have."""
+        for layer, weight in self.down_proj.items():
+            if weight.shape[1] != size:
+                raise ValueError(
+                    f"plan down_proj.{layer}: has {weight.shape[1]} outputs, the model's experts have {size}."
+                )
+
     def check(self, experts: Mapping[int, int], groups: Collection[int], after: Shape) -> None:
         """Raise ValueError unless every layer that is cut has its finite weights, of the shapes that the cut leaves.
 
@@ -72,7 +80,9 @@ class Repairs:
             groups: Layers that lose key/value groups.
             after: The sizes that the plan ends with.
         """
-        down, out = (after.hidden_size, after.expert_width), (after.hidden_size, after.query_heads * after.head_width)
+        sizes = [weight.shape[1] for weight in self.down_proj.values() if weight.dim() == 3]
+        down = (sizes[0] if sizes else after.hidden_size, after.expert_width)
+        out = (after.hidden_size, after.query_heads * after.head_width)
         wanted: dict[str, tuple[int, ...]] = {
             f"down_proj.{layer}": (number, *down) for layer, number in experts.items()
         }

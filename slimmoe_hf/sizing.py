@@ -215,9 +215,9 @@ def suggest_stages(config: PreTrainedConfig, size: str, stages: int = 1, kv_grou
     shape, most = shape_of(config), value + unit / 2
     last = config if kv_groups is None else slimmed_config(config, Target(kv_groups=kv_groups))
     counts = parameter_counts(last)
-    per_step = expert_parameters(last) // shape.expert_width * STEP
+    per_step = neuron_parameters(last) // shape.expert_width * STEP
     possible = [width for width in possible_widths(config, STEP) if width % STEP == 0]
-    fixed = counts.total - expert_parameters(last)
+    fixed = counts.total - neuron_parameters(last)
     least = possible[0] if possible else STEP
     largest, smallest = parameter_counts(config).total, fixed + per_step * (least // STEP)
     if value - unit / 2 > largest:
@@ -253,11 +253,14 @@ def _stage(config: PreTrainedConfig, target: Target, width: int) -> Stage:
 
 
 def expert_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of all experts that belong to a neuron, so that they grow with the width: all but the biases of outputs."""
-    model, layout = meta_model(config), family_of(config).layout
+    """Parameters of all experts."""
     return sum(
-        parameter.numel()
-        for _, module, _ in moe_layers(model)
-        for name, parameter in module.named_parameters()
-        if name != layout.down_bias
+        parameter.numel() for _, module, _ in moe_layers(meta_model(config)) for parameter in module.parameters()
     )
+
+
+def neuron_parameters(config: PreTrainedConfig) -> int:
+    """Those of them that belong to a neuron, so that they grow with the width: all but the biases of outputs."""
+    layout, layers = family_of(config).layout, moe_layers(meta_model(config))
+    held = [each for _, module, _ in layers for each in module.named_parameters()]
+    return sum(parameter.numel() for name, parameter in held if name != layout.down_bias)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from slimmoe_hf.families import ExpertLayout, LayerView, Shape, family_of, shape_of
+from slimmoe_hf.families import ExpertLayout, LayerView, Shape, expert_size, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
 
 Batch = Mapping[str, Tensor]
@@ -316,7 +316,7 @@ class LayerSums:
         if view.experts is not None:
             self.experts = ExpertSums(shape, family_of(config).layout, device, tokens)
             if expert_outputs:
-                self.experts.outputs = accumulator(device, shape.num_experts, shape.hidden_size)
+                self.experts.outputs = accumulator(device, shape.num_experts, expert_size(config))
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in `ExpertStats`, without the layer axis."""

@@ -6,32 +6,41 @@ One family of every layout is in the fast suite, all of them are in the slow one
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from runs import in_two_processes
 from safetensors.torch import load_file
-from tiny import VOCAB_SIZE, tiny_batch, tiny_model, tiny_tokenizer
+from tiny import EXPERT_WIDTH, VOCAB_SIZE, tiny_batch, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from slimmoe_hf.budget import Sizes
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.disk import auto_class, published_shapes
-from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, routing_groups, shape_of
-from slimmoe_hf.limits import refuse_merging
+from slimmoe_hf.evaluation import count_parameters, measure_loss
+from slimmoe_hf.families import FAMILIES, Family, layer_views, moe_layers, routing_groups, shape_of
+from slimmoe_hf.limits import possible_experts, refuse_merging
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.plan import CompressionPlan, Target, make_plan
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
+from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.search import search_plan
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.streamed_evaluation import stream_loss
+from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.student_training import save_checkpoint
+from slimmoe_hf.super_experts import super_experts_of
 from slimmoe_hf.surgery import apply_plan
 
 FAST = ("deepseek_v3", "granitemoe", "gpt_oss")
@@ -39,13 +48,18 @@ FAST = ("deepseek_v3", "granitemoe", "gpt_oss")
 that transposed, interleaved and with biases."""
 
 
-def rows(fast: tuple[str, ...]) -> list[Any]:
-    """Every family, for `parametrize`; those that are not in `fast` are slow: it is a second or two each."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+def rows(fast: tuple[str, ...], takes: Callable[[Family], bool] = lambda row: True) -> list[Any]:
+    """Every family that `takes` it, for `parametrize`; those that are not in `fast` are slow: it is a second or two each."""
+    found = [name for name, row in FAMILIES.items() if takes(row)]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in found]
 
 
 every_family = pytest.mark.parametrize("family", rows(FAST[:1]))
 every_family_and_layout = pytest.mark.parametrize("family", rows(FAST))
+every_width_and_layout = pytest.mark.parametrize("family", rows(FAST, lambda row: not row.no_width))
+every_output_and_layout = pytest.mark.parametrize(
+    "family", rows(FAST, lambda row: not (row.no_width and row.no_groups))
+)
 
 
 @functools.cache
@@ -195,7 +209,7 @@ def test_mask_gradients_equal_weight_gradient_sums(family: str):
 
 
 @every_family
-def test_streamed_statistics_equal_those_in_memory_or_are_refused_with_the_reason(family: str, tmp_path: Path):
+def test_what_is_streamed_equals_what_is_measured_in_memory_or_is_refused_with_the_reason(family: str, tmp_path: Path):
     from streams import worst
 
     path, batches = (
@@ -210,6 +224,9 @@ def test_streamed_statistics_equal_those_in_memory_or_are_refused_with_the_reaso
     streamed = stream_stats(path, batches, "lm", work=tmp_path / "work", progress=False)
     assert worst(streamed, whole) < 1e-4
     assert streamed.meta == whole.meta
+    held_out = tiny_batch(seed=2)["input_ids"]
+    swept, whole_sweep = stream_loss(path, held_out, work=tmp_path / "loss"), measure_loss(load_model(path), held_out)
+    assert swept.loss == pytest.approx(whole_sweep.loss, rel=1e-5) and swept.router_load == whole_sweep.router_load
 
 
 @every_family
@@ -262,16 +279,105 @@ def test_merged_in_memory_equals_merged_on_disk_or_is_refused_with_the_reason(fa
     assert load_model(tmp_path / "on-disk")(**tiny_batch()).logits.shape[-1] == VOCAB_SIZE
 
 
-def _sweep_in_process(rank: int, folder: str) -> None:
+@every_width_and_layout
+@torch.no_grad()
+def test_reconstruction_with_all_kept_changes_nothing(family: str):
+    model, stats = model_and_stats(family)
+    shape, plan = shape_of(model.config), make_plan(stats, Target(expert_width=EXPERT_WIDTH), "random")
+    all_EF = torch.arange(shape.expert_width).expand(shape.num_experts, -1)
+    groups = [] if FAMILIES[family].no_groups else stats.attending
+    whole = dataclasses.replace(
+        plan,
+        neurons=dict.fromkeys(stats.meta.layers, all_EF),
+        groups=dict.fromkeys(groups, torch.arange(shape.kv_groups)),
+    )
+    repaired = reconstruct(model, [tiny_batch()], whole, progress=False)
+    assert repaired.repairs.down_proj.keys() == set(stats.meta.layers) and list(repaired.repairs.o_proj) == list(groups)
+    same = apply_plan(copy.deepcopy(model), repaired)
+    assert_close(same(**tiny_batch()).logits, model(**tiny_batch()).logits, atol=1e-6, rtol=0)
+
+
+@every_width_and_layout
+@torch.no_grad()
+def test_reconstructed_experts_are_nearer_to_those_that_were_not_cut(family: str):
+    """On the text that they were solved on, layer by layer, each given what the uncut layer is given."""
+    model, heard = copy.deepcopy(model_and_stats(family)[0]), {}
+    plan = plan_for(family, Target(expert_width=16))
+    repaired = reconstruct(model, [tiny_batch()], plan, progress=False)
+    for index, experts, _ in moe_layers(model):
+        experts.register_forward_hook(lambda _module, args, said, at=index: heard.update({at: (args, said)}))
+    model(**tiny_batch())
+    cut, solved = (apply_plan(copy.deepcopy(model_and_stats(family)[0]), each) for each in (plan, repaired))
+    for (index, plain, _), (_, better, _) in zip(moe_layers(cut), moe_layers(solved), strict=True):
+        args, said = heard[index]
+        lost, left = (float((experts(*args) - said).square().sum()) for experts in (plain, better))
+        assert 0 < left < 0.98 * lost, f"layer {index}: {lost} without, {left} with"
+
+
+@every_output_and_layout
+@torch.no_grad()
+def test_reconstructed_in_memory_equals_streamed_and_on_disk(family: str, tmp_path: Path):
+    model, text = model_and_stats(family)[0], [tiny_batch(rows=3), tiny_batch(rows=2, length=17, seed=1)]
+    path, plan = saved(tmp_path / "source", model), plan_for(family, targets(model)[-1])
+    repaired = reconstruct(model, text, plan, progress=False)
+    if why := FAMILIES[family].no_stream:
+        with pytest.raises(ValueError, match=why):
+            stream_reconstruct(path, text, plan, work=tmp_path / "work", progress=False)
+    else:
+        streamed = stream_reconstruct(path, text, plan, work=tmp_path / "work", progress=False).repairs.tensors()
+        assert streamed.keys() == repaired.repairs.tensors().keys()
+        for name, weight in repaired.repairs.tensors().items():
+            assert (streamed[name] - weight).norm() <= 1e-4 * weight.norm(), name
+    slim_checkpoint(path, repaired, tmp_path / "on-disk")
+    save_checkpoint(apply_plan(copy.deepcopy(model), repaired), tiny_tokenizer(), tmp_path / "in-memory", "float32")
+    require_same_checkpoint(tmp_path / "on-disk", tmp_path / "in-memory")
+
+
+@every_family_and_layout
+def test_a_search_proposes_all_that_a_row_takes_and_nothing_else(family: str):
+    model, stats = model_and_stats(family)
+    shape, sizes = shape_of(model.config), Sizes(model.config)
+    for name, most, step, proposed in (
+        ("expert_width", shape.expert_width, 8, sizes.widths), ("num_experts", shape.num_experts, 1, sizes.experts),
+        ("kv_groups", shape.kv_groups, 1, sizes.groups),
+    ):  # fmt: skip
+        for number in range(step, most + 1, step):
+            if number in proposed:
+                validate_target(model.config, Target(**{name: number}))
+            else:
+                with pytest.raises(ValueError, match=f"{name}={number} "):
+                    validate_target(model.config, Target(**{name: number}))
+    found = search_plan(stats, sizes.whole.total - 1)
+    for each in {candidate.size: candidate for candidate in (found.best, *found.candidates[-2:])}.values():
+        cut = apply_plan(copy.deepcopy(model), found.plan(stats, each))
+        assert count_parameters(cut) == (each.total, each.active), each.size
+
+
+@every_family
+def test_a_super_expert_is_named_and_stays(family: str):
+    model, before = model_and_stats(family)
+    model, row = copy.deepcopy(model), FAMILIES[family]
+    layer, experts, _ = moe_layers(model)[0]
+    reached = before.tokens_LE[0].masked_fill(before.tokens_LE[0] == 0, torch.inf)
+    chosen = int(reached.argmin())
+    with torch.no_grad():
+        row.layout.weights(experts)[row.layout.down][chosen].mul_(1e4)
+    stats = collect_stats(model, [tiny_batch()], "lm", progress=False)
+    assert list(super_experts_of(stats)[layer]) == [chosen]
+    plan = make_plan(stats, Target(num_experts=possible_experts(model.config)[0]), "frequency")
+    assert chosen in plan.experts[layer].tolist() and plan.meta.layers[layer].super_experts.keys() == {chosen}
+
+
+def _sweep_in_process(folder: Path) -> None:
     """Each of two processes has half of the rows."""
-    found = {}
+    rank, found = PartialState(cpu=True).process_index, {}
     for family in FAMILIES:
         model = tiny_model(family)
         batch = {name: value[2 * rank : 2 * rank + 2] for name, value in tiny_batch().items()}
         stats = collect_stats(model, [batch], "lm", progress=False)
-        plan = make_plan(stats, targets(model)[-1], "fisher")
+        plan = reconstruct(model, [batch], make_plan(stats, targets(model)[-1], "fisher"), progress=False)
         found[family] = [plan.sha256, float(stats.taylor_LEF.sum()), stats.meta.tokens]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow  # two processes that import torch and build every family

@@ -63,7 +63,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "num_hidden_layers": 4,
                    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
-                   "moe_shared_expert_intermediate_size": 16},
+                   "moe_shared_expert_intermediate_size": 16, "moe_latent_size": 24},
     "flint": {"mlp_only_layers": [0]},
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3},
