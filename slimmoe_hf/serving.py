@@ -1,7 +1,8 @@
 """The form in which serving engines expect a model, given to checkpoints when they are saved.
 
 It changes no output: plain transformers loads the same function. vLLM and SGLang know PhiMoE by the name in Microsoft's
-own files, build its attention and head with biases always, and older ones read the older spelling of the rope fields.
+own files, build its attention and head with biases always. mlx-lm and transformers before 5 read the older spelling of the
+rope fields, and where it is not there a default in its place.
 """
 
 from __future__ import annotations
@@ -44,8 +45,16 @@ def serving_config(values: dict[str, Any]) -> dict[str, Any]:
         values["architectures"] = [_NAMES[model_type]]
         values["auto_map"] = {}  # no code comes along; TRL, which finds no class of that name, reads this key unasked
         values["attention_bias"] = values["lm_head_bias"] = True
+    if _one_rope(values):
         values |= _both_spellings(values)
     return values
+
+
+def _one_rope(values: dict[str, Any]) -> bool:
+    """Whether a config has rope fields, and the same for all layers: those of one kind of layer have no older spelling."""
+    found = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
+    plain = all(not isinstance(value, dict) for each in found for value in each.values())
+    return plain and bool(found or "rope_theta" in values)
 
 
 def _both_spellings(values: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +68,9 @@ def _both_spellings(values: dict[str, Any]) -> dict[str, Any]:
     if theta is not None:
         both["rope_theta"] = theta
         both["rope_parameters"]["rope_theta"] = theta
-    if kind != "default":
+    if kind == "default":
+        both["rope_scaling"] = None  # what those before transformers 5 call it
+    else:
         both["rope_scaling"] = {"type": kind, **parameters}
         if "original_max_position_embeddings" in parameters:
             both["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
