@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.atomic import PARTIAL, flush, flush_entry, refuse_existing, write_text
-from slimmoe_hf.cuts import Cut, list_cuts, name_shards, slimmed_config
+from slimmoe_hf.cuts import Cut, list_cuts, name_shards, slimmed_config, write_index
 from slimmoe_hf.disk import Part, check_tied, locate, published_shapes
 from slimmoe_hf.identity import combined, sample, sampled
 from slimmoe_hf.loading import files_sha256, load_config
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.shards import INDEX, Buffer, ShardWriter, Stored, all_finite, read_header
+from slimmoe_hf.shards import Buffer, ShardWriter, Stored, all_finite, read_header
 from slimmoe_hf.sources import HubSource, LocalSource, open_source
 
 SHARD_BYTES = 1_000_000_000
@@ -306,11 +306,7 @@ class _Run:
         carry(self.source.folder, self.folder)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (self.folder / "config.json").write_text(text, encoding="utf-8")
-        if len(self.shards) > 1:
-            total = sum(cut.bytes for cuts in self.shards.values() for cut in cuts)
-            names = {cut.name: name for name, cuts in self.shards.items() for cut in cuts}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_index(self.folder, self.shards)
         self._verify()
         shutil.rmtree(self.folder / _DOWNLOADS, ignore_errors=True)
         flush(self.folder)

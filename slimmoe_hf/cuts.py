@@ -19,7 +19,7 @@ from slimmoe_hf.disk import Part, expected_shapes, published_name, read_part
 from slimmoe_hf.families import config_from, family_of, shape_of, shape_values
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.serving import needs_biases, serving_config
-from slimmoe_hf.shards import DTYPES, SINGLE, Buffer
+from slimmoe_hf.shards import DTYPES, INDEX, SINGLE, Buffer
 
 
 @dataclass(frozen=True)
@@ -280,3 +280,12 @@ def name_shards(cuts: Sequence[Cut], shard_bytes: int) -> dict[str, list[Cut]]:
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Cut]]) -> None:
+    """Write which of several files holds which weight; nothing where there is one file."""
+    if len(shards) > 1:
+        total = sum(cut.bytes for cuts in shards.values() for cut in cuts)
+        names = {cut.name: name for name, cuts in shards.items() for cut in cuts}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,8 @@ import argparse
 from typing import Any, NoReturn
 
 from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_reconstruct, add_teacher
-from slimmoe_hf.parsers_cut import add_export, add_merge, add_plan, add_score, add_slim
+from slimmoe_hf.parsers_cut import add_merge, add_plan, add_score, add_slim
+from slimmoe_hf.parsers_export import add_export
 
 MACHINES = "A100-80GB, H100-80GB, A6000-48GB, 4090-24GB"
 

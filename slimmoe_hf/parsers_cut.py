@@ -152,17 +152,3 @@ def add_merge(commands: Any) -> None:
     _add_shard_size(parser)
     add_output(parser, "DIR")
     add_config(parser)
-
-
-def add_export(commands: Any) -> None:
-    """`slimmoe export`."""
-    parser = add_command(
-        commands, "export", "Turn a checkpoint whose experts are shared or factored into a stock one.",
-        "slimmoe export merged --form duplicate --output stock",
-    )  # fmt: skip
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="the checkpoint")
-    parser.add_argument(
-        "--form", choices=("duplicate", "dense"),
-        help="duplicate: every shared expert in the place of all its members; dense: factored experts multiplied out",
-    )  # fmt: skip
-    add_output(parser, "OUT")

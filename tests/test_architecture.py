@@ -15,12 +15,12 @@ LEAVES = {
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk", "pace", "free_memory",
-    "schema", "generation_evaluation", "defaults",
+    "schema", "generation_evaluation", "defaults", "engine_rules", "engines", "engine_report",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "criteria", "attention_cuts", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
     "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
-    "merged_forms",
+    "merged_forms", "engine_form",
     "streamed_teacher",
     "repairs", "layer_repair", "reconstruction", "streamed_repair", "layer_summary",
     "super_experts", "predicted_loss",
@@ -35,6 +35,7 @@ JOINTS = {
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
     "hub", "run_card", "harness", "student_training", "merge_command", "scoring", "auto_classes", "export_command",
     "scoring_memory", "machines", "remedies", "parser_parts", "parsers_cut", "streamed_evaluation", "steps",
+    "parsers_export",
     "grid", "grid_sizes", "compare_point", "compare_worker", "compare_pool", "compare_inputs", "compare_results", "comparison",
     "compare_command",
     "budget", "search", "search_check", "search_command",

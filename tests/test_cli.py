@@ -142,7 +142,7 @@ def test_flags_are_a_visible_decision():
             "--num-experts", "--similarity", "--grouping", "--reference", "--shard-size", "--uniform", "--form",
             "--reconstruct", "--no-reconstruct",
         },
-        "export": common - {"--config"} | {"--form", "--output", "--overwrite"},
+        "export": common - {"--config"} | {"--for", "--form", "--json", "--output", "--overwrite"},
     }  # fmt: skip
 
 

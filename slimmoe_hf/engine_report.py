@@ -1,0 +1,179 @@
+"""Which engines load a checkpoint, and why not: the rules of `engines` applied to a folder, as a table, as JSON, for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+from slimmoe_hf import card
+from slimmoe_hf.engine_rules import Effect, Facts, facts_of
+from slimmoe_hf.engines import ENGINES, Engine
+
+NOT_RUN = "not run"
+_WORST: tuple[Effect, ...] = ("no", "not known", "differs", "loads")
+_WORDS = {
+    "loads": "loads", "differs": "loads, other outputs", "no": "does not load", "not known": "not known",
+}  # fmt: skip
+
+
+class Reason(BaseModel):
+    """One rule that a checkpoint breaks.
+
+    Attributes:
+        effect: What becomes of it. text: Why. source: Where in the engine's files that is to be read.
+        mended: `slimmoe export --for` writes a checkpoint that keeps the rule.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    effect: Effect
+    text: str
+    source: str
+    mended: bool
+
+
+class Verdict(BaseModel):
+    """What one engine does with a checkpoint.
+
+    Attributes:
+        engine: As `slimmoe export --for` takes it. title, version: Of the code that was read. read: When. package: Where from.
+        effect: The worst of the reasons'.
+        reasons: The rules that it breaks.
+        runs: What was run with this engine and tiny models of the family; empty where nothing was.
+        quantised: Forms that its sizes do not fit, and what happens then.
+        note: What the rules leave out.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    engine: str
+    title: str
+    version: str
+    read: str
+    package: str
+    effect: Effect
+    reasons: list[Reason]
+    runs: list[str]
+    quantised: list[str]
+    note: str
+
+    @property
+    def words(self) -> str:
+        """The effect as users read it; what an export would mend is said."""
+        mended = self.effect == "no" and not self.blocking
+        return _WORDS[self.effect] + (" as it is; slimmoe export --for mends that" if mended else "")
+
+    @property
+    def blocking(self) -> list[Reason]:
+        """Why it would not load however it is written."""
+        return [reason for reason in self.reasons if reason.effect == "no" and not reason.mended]
+
+    @property
+    def why(self) -> str:
+        """The reasons in a line, the worst first; nothing where there are none."""
+        order = sorted(self.reasons, key=lambda reason: _WORST.index(reason.effect))
+        return "; ".join(reason.text for reason in order)
+
+
+def assess(folder: Path, written: Mapping[str, Any] | None = None) -> list[Verdict]:
+    """What every engine does with the checkpoint in a folder, by declared rules; no engine is run, no weight read.
+
+    Args:
+        folder: Of a checkpoint of any family; of one that an engine has no rules for, it says that nothing is known.
+        written: As in `facts_of`.
+
+    Raises:
+        ValueError: It is no checkpoint, or damaged.
+    """
+    facts = facts_of(folder, written)
+    return [_verdict(name, engine, facts) for name, engine in ENGINES.items()]
+
+
+def _verdict(name: str, engine: Engine, facts: Facts) -> Verdict:
+    runs = [f"{run.what} ({run.versions}, {run.date})" for run in engine.runs if facts.family in run.families]
+    if facts.form is not None:
+        text = f"its experts are {facts.form}, which only slimmoe_hf loads; --for makes a stock checkpoint of it"
+        reasons = [Reason(effect="no", text=text, source="slimmoe_hf", mended=True)]
+    elif quantised := facts.written.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        text = f"its weights are quantised ({method}), and these rules are for others"
+        reasons = [Reason(effect="not known", text=text, source=engine.package, mended=method == "fp8")]
+    elif facts.family not in engine.families:
+        text = f"no rules for {facts.family} were read off {engine.title}"
+        reasons = [Reason(effect="not known", text=text, source=engine.package, mended=False)]
+    else:
+        broken = [(rule, rule.check(facts)) for rule in engine.families[facts.family]]
+        reasons = [
+            Reason(effect=rule.effect, text=text, source=rule.source, mended=rule.mended)
+            for rule, text in broken
+            if text
+        ]
+    effect = min((reason.effect for reason in reasons), key=_WORST.index, default="loads")
+    known = facts.shape is not None and facts.family in engine.families
+    return Verdict(
+        engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package,
+        effect=effect, reasons=reasons, runs=runs, quantised=_unfit(engine, facts) if known else [], note=engine.note,
+    )  # fmt: skip
+
+
+def _unfit(engine: Engine, facts: Facts) -> list[str]:
+    """Quantised forms whose blocks the expert width or the model width does not fill."""
+    assert facts.shape is not None
+    sizes = {"expert width": facts.shape.expert_width, "model width": facts.shape.hidden_size}
+    found = []
+    for form in engine.quantisers:
+        unfit = [f"{what} {size}" for what, size in sizes.items() if size % form.multiple]
+        if unfit:
+            plural = "are" if len(unfit) > 1 else "is"
+            found.append(
+                f"{form.name}: {' and '.join(unfit)} {plural} not a multiple of {form.multiple}; {form.otherwise}"
+            )
+    return found
+
+
+def engine_table(verdicts: Sequence[Verdict]) -> Table:
+    """The answer for people, a row an engine."""
+    shown = Table(show_lines=True)
+    shown.add_column("engine", no_wrap=True)
+    shown.add_column("this model", min_width=13)
+    for heading in ("why", "quantised", "run"):
+        shown.add_column(heading, overflow="fold")
+    for verdict in verdicts:
+        why = "\n".join(f"{reason.text} [{reason.source}]" for reason in verdict.reasons)
+        shown.add_row(
+            f"{verdict.title} {verdict.version}\nread {verdict.read}", verdict.words,
+            _plain("\n".join(filter(None, (why, verdict.note and f"note: {verdict.note}")))) or "-",
+            _plain("\n".join(verdict.quantised)) or "-", _plain("\n".join(verdict.runs)) or NOT_RUN,
+        )  # fmt: skip
+    return shown
+
+
+def _plain(text: str) -> str:
+    """Text that rich shows as it is."""
+    return text.replace("[", "\\[")
+
+
+def engine_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line an engine, for the end of a command."""
+    lines = []
+    for verdict in verdicts:
+        ran = "" if verdict.runs else f", {NOT_RUN}"
+        why = f": {verdict.why}" if verdict.why else ""
+        lines.append(f"{verdict.title} {verdict.version} (rules of {verdict.read}{ran}): {verdict.words}{why}")
+    return lines
+
+
+def engine_section(verdicts: Sequence[Verdict]) -> str:
+    """What a card says of engines, as Markdown; nothing where there are no verdicts."""
+    if not verdicts:
+        return ""
+    rows = [["engine", "this model", "why", "quantised forms that do not fit"]]
+    for verdict in verdicts:
+        quantised = "; ".join(verdict.quantised) or "-"
+        rows.append([f"{verdict.title} {verdict.version}", verdict.words, verdict.why or "-", quantised])
+    said = f"By rules read off the engines' own code on {verdicts[0].read}, for the shape of this checkpoint; "
+    return f"{said}it was not run in them.\n\n{card.table(rows, numbers=False)}"

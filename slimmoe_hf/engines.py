@@ -1,0 +1,281 @@
+"""What the engines that serve models ask of a checkpoint: declared rules, each with the file of the engine that says so.
+
+Read in the engines' own source packages, of the version and on the day named. A family without an entry is not known to be
+served, and nothing is said of it. `runs` holds what was really run, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slimmoe_hf.engine_rules import (
+    Rule,
+    all_biases,
+    all_heads_have_keys,
+    always,
+    every_layer_sparse,
+    fixed,
+    full_attention,
+    head_width,
+    ignored,
+    long_factors,
+    named,
+    no_biases,
+    older_rope,
+    older_tokenizer,
+    per_expert,
+    rope_kinds,
+    sentencepiece,
+    untied,
+    written,
+)
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """A quantised form that wants rows of a certain length.
+
+    Attributes:
+        name: What it is called. multiple: What the expert width and the model width must be multiples of.
+        otherwise: What happens to weights that are not. source: Where that is to be read.
+    """
+
+    name: str
+    multiple: int
+    otherwise: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something that was run.
+
+    Attributes:
+        families: With which tiny models. what: What was done, and what came of it.
+        versions: Of what ran. date: When.
+    """
+
+    families: tuple[str, ...]
+    what: str
+    versions: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and its rules.
+
+    Attributes:
+        title: Its name. version: The one whose code was read. read: When.
+        package: Where that code came from.
+        families: `model_type` -> its rules.
+        quantisers: Quantised forms that it makes or reads.
+        runs: What was run with it.
+        note: What holds for all that it is given, for the report.
+    """
+
+    title: str
+    version: str
+    read: str
+    package: str
+    families: Mapping[str, tuple[Rule, ...]]
+    quantisers: tuple[Quantiser, ...] = ()
+    runs: tuple[Run, ...] = ()
+    note: str = ""
+
+
+_FOUR = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
+_READ = "2026-11-22"
+
+_PHI, _OLMOE, _QWEN = (f"vllm/model_executor/models/{name}.py" for name in ("phimoe", "olmoe", "qwen3_moe"))
+_REGISTRY = "vllm/model_executor/models/registry.py"
+_VLLM = Engine(
+    "vLLM", "0.33.0", _READ, "wheel vllm 0.33.0",
+    families={
+        "phimoe": (
+            Rule(named("PhiMoEForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
+            Rule(all_biases, "no", f"{_PHI}, PhiMoEAttention and PhiMoEForCausalLM: bias=True", mended=True),
+            Rule(untied, "no", f"{_PHI}, PhiMoEForCausalLM: lm_head is not tied"),
+            Rule(fixed("num_experts_per_tok", 2), "no", f"{_PHI}, phimoe_routing_function: assert topk == 2"),
+            Rule(fixed("router_jitter_noise", 0.01), "differs", f"{_PHI}, sparsemixer: jitter_eps=0.01"),
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_PHI}, PhiMoE: no activation is named"),
+            Rule(long_factors(True), "differs",
+                 "vllm/model_executor/layers/rotary_embedding/phi3_long_rope_scaled_rope.py, use_long_rope"),
+        ),
+        "mixtral": (
+            Rule(named("MixtralForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
+            Rule(fixed("hidden_act", "silu"), "differs", "vllm/model_executor/models/mixtral.py, MixtralMoE"),
+        ),
+        "olmoe": (
+            Rule(named("OlmoeForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
+            Rule(untied, "no", f"{_OLMOE}, OlmoeForCausalLM: lm_head is not tied"),
+            Rule(no_biases, "no", f"{_OLMOE}, OlmoeAttention: bias=False"),
+            Rule(head_width, "no", f"{_OLMOE}, OlmoeAttention: hidden_size // total_num_heads"),
+            Rule(ignored("clip_qkv"), "differs", f"{_OLMOE}, OlmoeAttention.forward"),
+            Rule(ignored("norm_topk_prob"), "differs", f"{_OLMOE}, OlmoeMoE: renormalize=False"),
+            Rule(fixed("rms_norm_eps", 1e-5), "differs", f"{_OLMOE}, RMSNorm(eps=1e-5)"),
+        ),
+        "qwen3_moe": (
+            Rule(named("Qwen3MoeForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
+            Rule(no_biases, "no", f"{_QWEN}, Qwen3MoeAttention: o_proj bias=False"),
+            Rule(fixed("hidden_act", "silu"), "no", f"{_QWEN}, Qwen3MoeMLP"),
+        ),
+    },
+    quantisers=(
+        Quantiser("FP8 blocks", 128, "it refuses to load them (128 times the ranks, with tensor parallelism)",
+                  "vllm/model_executor/layers/quantization/utils/fp8_utils.py, validate_fp8_block_shape_moe"),
+        Quantiser("GPTQ and AWQ, groups of 128", 128, "no Marlin kernel for the experts (128 times the ranks)",
+                  "vllm/model_executor/layers/quantization/utils/marlin_utils.py, check_moe_marlin_supports_config"),
+    ),
+)  # fmt: skip
+
+_GGUF = "vendor/llama.cpp/src/models"
+_CONVERT = "vendor/llama.cpp/conversion"
+_PER_EXPERT = "modify_tensors"
+_GGUF_RUN = (
+    "converter of llama-cpp-python 0.3.36, its name for the pre-tokenizer given by hand; xllamacpp 2026.10.11549"
+)
+_FALLBACK = "vendor/llama.cpp/src/llama-quant.cpp, tensor_type_fallback"
+_LLAMA = Engine(
+    "llama.cpp", "0c1e57098", _READ, "source package llama-cpp-python 0.3.36, vendor/llama.cpp",
+    families={
+        "phimoe": (
+            Rule(named("PhiMoEForCausalLM"), "no", f"{_CONVERT}/phi.py, ModelBase.register", mended=True),
+            Rule(per_expert, "no", f"{_CONVERT}/phi.py, PhiMoeModel.{_PER_EXPERT}", mended=True),
+            Rule(all_biases, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors", mended=True),
+            Rule(untied, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors"),
+            Rule(head_width, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors: wo is n_embd x n_embd"),
+            Rule(written("original_max_position_embeddings"), "no",
+                 f"{_CONVERT}/phi.py, Phi3MiniModel.set_gguf_parameters", mended=True),
+            Rule(sentencepiece, "no", f"{_CONVERT}/phi.py, Phi3MiniModel.set_vocab"),
+            Rule(full_attention, "differs", f"{_GGUF}/phimoe.cpp, load_arch_hparams: no window is read"),
+            Rule(always("it routes by a softmax over the two best experts, PhiMoE by its sparsemixer; and it normalises by RMS "
+                        "alone, PhiMoE takes the mean off too"),
+                 "differs", f"{_GGUF}/phi3.cpp, graph: build_moe_ffn(..., SOFTMAX), build_norm(..., LLM_NORM_RMS)"),
+        ),
+        "mixtral": (
+            Rule(named("MixtralForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
+            Rule(per_expert, "no", f"{_CONVERT}/llama.py, LlamaModel.{_PER_EXPERT}", mended=True),
+            Rule(rope_kinds("default", "linear", "yarn", "llama3"), "differs", f"{_CONVERT}/base.py, set_gguf_parameters"),
+            Rule(full_attention, "differs", f"{_GGUF}/llama.cpp, load_arch_hparams: no window is read"),
+        ),
+        "olmoe": (
+            Rule(named("OlmoeForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
+            Rule(per_expert, "no", f"{_CONVERT}/olmo.py, OlmoeModel.{_PER_EXPERT}", mended=True),
+            Rule(untied, "no", f"{_GGUF}/olmoe.cpp, load_arch_tensors: output is required"),
+            Rule(no_biases, "no", f"{_GGUF}/olmoe.cpp, load_arch_tensors: no bias of wo"),
+            Rule(head_width, "no", f"{_GGUF}/olmoe.cpp, load_arch_tensors: wo is n_embd x n_embd"),
+            Rule(all_heads_have_keys, "no", f"{_GGUF}/olmoe.cpp, load_arch_tensors: attn_k_norm is n_embd"),
+            Rule(rope_kinds("default", "linear", "yarn"), "differs", f"{_CONVERT}/base.py, set_gguf_parameters"),
+            Rule(ignored("clip_qkv"), "differs", f"{_CONVERT}/olmo.py, OlmoeModel: no clamp is written"),
+            Rule(ignored("norm_topk_prob"), "differs", f"{_GGUF}/olmoe.cpp, graph: build_moe_ffn(..., false, ...)"),
+            Rule(fixed("rms_norm_eps", 1e-5), "differs", f"{_CONVERT}/olmo.py, OlmoeModel.set_gguf_parameters"),
+        ),
+        "qwen3_moe": (
+            Rule(named("Qwen3MoeForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
+            Rule(no_biases, "no", f"{_GGUF}/qwen3moe.cpp, load_arch_tensors: no bias of wo"),
+            Rule(every_layer_sparse, "no", f"{_GGUF}/qwen3moe.cpp, load_arch_tensors"),
+            Rule(rope_kinds("default", "linear", "yarn"), "differs", f"{_CONVERT}/base.py, set_gguf_parameters"),
+            Rule(fixed("norm_topk_prob", True), "differs", f"{_GGUF}/qwen3moe.cpp, graph: build_moe_ffn(..., true, ...)"),
+            Rule(full_attention, "differs", f"{_GGUF}/qwen3moe.cpp, load_arch_hparams: no window is read"),
+        ),
+    },
+    quantisers=(
+        Quantiser("Q4_0, Q5_0, Q8_0, MXFP4", 32, "such weights become F16", _FALLBACK),
+        Quantiser("K-quants", 256, "such weights take another type, of blocks of 32, or F16", _FALLBACK),
+    ),
+    runs=(
+        Run(("mixtral", "olmoe", "qwen3_moe"), "converted to F32, loaded and run on a CPU: log-probabilities within 0.03 of "
+            "transformers 5.23 where these rules say that it loads, off or refused where they say that", _GGUF_RUN, _READ),
+        Run(("phimoe",), "converted to F32, loaded and run on a CPU: next-token log-probabilities 6 to 10 nats off those of "
+            "transformers 5.23 on a random model", _GGUF_RUN, _READ),
+    ),
+    note="its converter knows byte-level tokenizers by a hash and refuses those that it has not seen "
+         f"({_CONVERT}/base.py, get_vocab_base_pre); that is not looked at here",
+)  # fmt: skip
+
+_MLX = "mlx_lm/models"
+_SANITIZE = "Model.sanitize"
+_MLX_LM = Engine(
+    "mlx-lm", "0.32.2", _READ, "wheel mlx-lm 0.32.2",
+    families={
+        "phimoe": (
+            Rule(per_expert, "no", f"{_MLX}/phimoe.py, {_SANITIZE}", mended=True),
+            Rule(all_biases, "no", f"{_MLX}/phimoe.py, Attention and Model: bias=True", mended=True),
+            Rule(untied, "no", f"{_MLX}/phimoe.py, Model: lm_head is not tied"),
+            Rule(head_width, "no", f"{_MLX}/phimoe.py, Attention: hidden_size // n_heads"),
+            Rule(older_rope, "differs", f"{_MLX}/phimoe.py, ModelArgs: 10000 otherwise", mended=True),
+            Rule(rope_kinds("default", "longrope"), "no", f"{_MLX}/phimoe.py, Attention: rope_scaling[\"short_factor\"]"),
+            Rule(long_factors(False), "differs", f"{_MLX}/rope_utils.py, SuScaledRoPE"),
+            Rule(full_attention, "differs", f"{_MLX}/phimoe.py, PhiMoEModel: create_attention_mask without a window"),
+        ),
+        "mixtral": (
+            Rule(per_expert, "no", f"{_MLX}/mixtral.py, {_SANITIZE}", mended=True),
+            Rule(head_width, "no", f"{_MLX}/mixtral.py, MixtralAttention: hidden_size // num_heads"),
+            Rule(older_rope, "differs", f"{_MLX}/mixtral.py, ModelArgs: 1e6 otherwise", mended=True),
+            Rule(rope_kinds("default"), "differs", f"{_MLX}/mixtral.py, MixtralAttention: nn.RoPE"),
+            Rule(full_attention, "differs", f"{_MLX}/mixtral.py, MixtralModel: create_attention_mask without a window"),
+        ),
+        "olmoe": (
+            Rule(per_expert, "no", f"{_MLX}/olmoe.py, {_SANITIZE}", mended=True),
+            Rule(written("num_experts"), "no", f"{_MLX}/olmoe.py, ModelArgs", mended=True),
+            Rule(older_rope, "differs", f"{_MLX}/olmoe.py, ModelArgs: 10000 otherwise", mended=True),
+            Rule(ignored("clip_qkv"), "differs", f"{_MLX}/olmoe.py, Attention"),
+        ),
+        "qwen3_moe": (
+            Rule(written("num_experts", "rope_theta"), "no", f"{_MLX}/qwen3_moe.py, ModelArgs", mended=True),
+            Rule(per_expert, "no", f"{_MLX}/qwen3_moe.py, {_SANITIZE}", mended=True),
+            Rule(no_biases, "no", f"{_MLX}/qwen3_moe.py, Attention: bias=False"),
+            Rule(rope_kinds("default"), "differs", f"{_MLX}/qwen3_moe.py, Attention: nn.RoPE"),
+            Rule(full_attention, "differs", f"{_MLX}/qwen3_moe.py, Qwen3MoeModel: create_attention_mask without a window"),
+        ),
+    },
+    quantisers=(
+        Quantiser("affine, groups of 64", 64, "such layers stay as they are", "mlx_lm/utils.py, quantize_model"),
+        Quantiser("mxfp4, mxfp8", 32, "such layers stay as they are", "mlx_lm/utils.py, quantize_model"),
+    ),
+    runs=(
+        Run(_FOUR, "loaded and run on a CPU: logits within 4e-5 of transformers 5.23 where these rules say that it loads, off or "
+            "refused where they say that", "mlx-lm 0.32.2, mlx 0.32.4", _READ),
+    ),
+)  # fmt: skip
+
+_AUTO = "transformers/models/auto/tokenization_auto.py"
+
+
+def _before_5(family: str, *own: Rule) -> tuple[Rule, ...]:
+    module = f"transformers/models/{family}"
+    return (
+        *own,
+        Rule(per_expert, "no", f"{module}/modeling_{family}.py: a module list", mended=True),
+        Rule(older_rope, "differs", f"{module}/configuration_{family}.py", mended=True),
+        Rule(older_tokenizer, "no", f"{_AUTO}, AutoTokenizer.from_pretrained", mended=True),
+    )
+
+
+_TRANSFORMERS_4 = Engine(
+    "transformers 4", "4.57.6", _READ, "wheel transformers 4.57.6",
+    families={
+        "phimoe": _before_5("phimoe", Rule(
+            head_width, "no", "transformers/models/phimoe/modeling_phimoe.py, PhimoeAttention: hidden_size // num_heads",
+        )),
+        "mixtral": _before_5("mixtral"),
+        "olmoe": _before_5("olmoe", Rule(
+            head_width, "no", "transformers/models/olmoe/modeling_olmoe.py, OlmoeAttention: hidden_size // num_heads",
+        )),
+        "qwen3_moe": _before_5("qwen3_moe", Rule(
+            written("num_experts"), "differs", "transformers/models/qwen3_moe/configuration_qwen3_moe.py: 128 otherwise",
+            mended=True,
+        )),
+    },
+    runs=(
+        Run(_FOUR, "loaded and run on a CPU: logits equal to the bit to transformers 5.23's; PhiMoE's pruned heads refused",
+            "transformers 4.57.6, torch 2.13.0", _READ),
+    ),
+)  # fmt: skip
+
+ENGINES: dict[str, Engine] = {
+    "vllm": _VLLM, "llama.cpp": _LLAMA, "mlx": _MLX_LM, "transformers4": _TRANSFORMERS_4,
+}  # fmt: skip
+"""By the name that `slimmoe export --for` takes."""

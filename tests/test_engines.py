@@ -1,0 +1,203 @@
+"""Which engines load a checkpoint: rules that say what was seen, exports that lose nothing, and never a "loads" unread."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_variants import IDS, ORDER, VARIANTS, effects, save_expected, save_variant
+from safetensors.torch import load_file
+from tiny import save_tiny, tiny_batch, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimmoe_hf import cli, commands, parsers_export
+from slimmoe_hf.engine_form import write_engine_form
+from slimmoe_hf.engine_report import assess, engine_section
+from slimmoe_hf.engines import ENGINES
+from slimmoe_hf.factorization import factor_experts
+from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.loading import files_sha256
+
+PACKAGES = {
+    "transformers4": ("transformers==4.57.6", "tokenizers==0.22.*", "huggingface-hub==0.36.*"),
+    "mlx": ("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2", "sentencepiece", "protobuf"),
+}
+"""What runs an engine beside what is installed; SLIMMOE_TRANSFORMERS4 and SLIMMOE_MLX name a Python that has it instead."""
+LLAMA_CPP = "SLIMMOE_LLAMA_CPP"
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` silences this whole process, which other tests listen to."""
+    monkeypatch.setattr(commands, "be_quiet", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant as `slimmoe export --for` writes it, and what each is to compute."""
+    folder, logits = tmp_path_factory.mktemp("engines"), {}
+    for name in VARIANTS:
+        logits[name] = save_variant(name, folder / "source")
+        write_engine_form(folder / "source", folder / name)
+        shutil.rmtree(folder / "source")
+    save_expected(folder, logits)
+    return folder
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    return {verdict.engine: verdict.effect for verdict in assess(folder)}
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line of a command that must fail."""
+    assert cli.main(list(argv)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_the_rules_say_what_the_engines_were_seen_to_do(exported: Path):
+    assert {name: verdicts(exported / name) for name in VARIANTS} == {name: effects(name) for name in VARIANTS}
+
+
+def test_every_rule_names_its_source_and_every_engine_when_it_was_read():
+    assert tuple(ENGINES) == parsers_export.ENGINES == ORDER
+    for engine in ENGINES.values():
+        assert engine.version and engine.read and engine.package
+        assert engine.families.keys() <= FAMILIES.keys()
+        rules = [rule for family in engine.families.values() for rule in family]
+        assert all(".py" in rule.source or ".cpp" in rule.source for rule in rules)
+    assert not ENGINES["vllm"].runs  # it was read and never run
+
+
+@torch.no_grad()
+def test_an_export_of_fused_experts_is_the_same_function_and_leaves_its_source_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tiny_model("phimoe", attention_bias=False, lm_head_bias=False)
+    source, output = tmp_path / "source", tmp_path / "output"
+    model.save_pretrained(source, save_original_format=False)
+    tiny_tokenizer().save_pretrained(source)
+    before = {file.name: files_sha256([file]) for file in source.iterdir()}
+    assert verdicts(source)["mlx"] == "no"
+    assert cli.main(["export", str(source), "--for", "mlx", "--output", str(output)]) == 0
+    assert "mlx-lm 0.32.2" in capsys.readouterr().out and verdicts(output)["mlx"] == "loads"
+    assert before == {file.name: files_sha256([file]) for file in source.iterdir()}
+    reloaded, found = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(found.values()), found
+    assert torch.equal(reloaded.eval()(**tiny_batch()).logits, model(**tiny_batch()).logits)
+    weights = load_file(output / "model.safetensors")
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in weights and not weights["lm_head.bias"].any()
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["PhiMoEForCausalLM"] and config["use_cache"] is True
+    assert config["rope_theta"] == 10000.0 and config["rope_scaling"] is None and config["torch_dtype"] == "float32"
+    assert json.loads((output / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    text = "def f(): <|user|>"
+    assert (
+        AutoTokenizer.from_pretrained(output)(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
+    )
+
+
+def test_an_unread_family_is_not_known_to_load_anywhere(tmp_path: Path):
+    save_tiny(tmp_path / "switch", "switch_transformers")
+    assert set(verdicts(tmp_path / "switch").values()) == {"not known"}
+
+
+@torch.no_grad()
+def test_factored_experts_load_nowhere_and_are_exported_as_a_stock_model(tmp_path: Path):
+    model = tiny_model("mixtral")
+    factor_experts(model, 8)
+    model.save_pretrained(tmp_path / "factored")
+    tiny_tokenizer().save_pretrained(tmp_path / "factored")
+    (only,) = {(verdict.effect, verdict.reasons[0].mended) for verdict in assess(tmp_path / "factored")}
+    assert only == ("no", True)
+    output = tmp_path / "output"
+    assert cli.main(["export", str(tmp_path / "factored"), "--for", "transformers4", "--output", str(output)]) == 0
+    assert verdicts(output)["transformers4"] == "loads" and {entry.name for entry in tmp_path.iterdir()} == {
+        "factored",
+        "output",
+    }
+    expected, got = (
+        model(**tiny_batch()).logits,
+        AutoModelForCausalLM.from_pretrained(output).eval()(**tiny_batch()).logits,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    heads, plain, output = str(exported / "phimoe-heads"), str(exported / "mixtral"), str(tmp_path / "output")
+    line = error_of(capsys, "export", heads, "--for", "mlx", "--output", output)
+    assert "heads to be D/H wide, 64/2" in line and "Nothing was written" in line
+    assert "not both" in error_of(capsys, "export", plain, "--for", "mlx", "--form", "dense", "--output", output)
+    assert "needs output" in error_of(capsys, "export", plain, "--for", "mlx")
+    assert "needs --for" in error_of(capsys, "export", plain, "--output", output)
+    assert "--json is for the report" in error_of(capsys, "export", plain, "--for", "mlx", "--output", output, "--json")
+    assert "no such folder" in error_of(capsys, "export", str(tmp_path / "none"))
+    assert "invalid choice" in error_of(capsys, "export", plain, "--for", "ollama", "--output", output)
+    assert "is the model itself" in error_of(capsys, "export", plain, "--for", "mlx", "--output", plain, "--overwrite")
+    assert not list(tmp_path.iterdir())
+    Path(output).mkdir()
+    assert "--overwrite" in error_of(capsys, "export", plain, "--for", "mlx", "--output", output)
+    assert not list(Path(output).iterdir())
+
+
+def test_the_report_says_why_with_its_source_and_what_was_not_run(exported: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["export", str(exported / "phimoe-heads"), "--json"]) == 0
+    said: dict[str, Any] = {entry["engine"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert said["vllm"]["effect"] == "loads" and said["vllm"]["runs"] == []
+    (reason,) = said["mlx"]["reasons"]
+    assert "pruned" in reason["text"] and reason["source"].startswith("mlx_lm/models/phimoe.py")
+    assert any("FP8" in text and "expert width 96 and model width 64" in text for text in said["vllm"]["quantised"])
+    assert cli.main(["export", str(exported / "phimoe-heads")]) == 0
+    shown = capsys.readouterr().out
+    assert "not run" in shown and "does not load" in shown and "0.33.0" in shown
+    section = engine_section(assess(exported / "phimoe-heads"))
+    assert "| vLLM 0.33.0 | loads |" in section and "pruned" in section
+
+
+def results(engine: str, folder: Path, command: list[str], path: str) -> dict[str, Any]:
+    """What `engine_runs.py` says, in a Python that has the engine."""
+    script, environment = Path(__file__).with_name("engine_runs.py"), {**os.environ, "PYTHONPATH": path}
+    ran = subprocess.run(
+        [*command, str(script), engine, str(folder), json.dumps(IDS)], env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
+
+
+@pytest.mark.slow  # installs the engine, where no environment with it is named
+@pytest.mark.parametrize("engine", PACKAGES)
+def test_an_engine_does_what_its_rules_say(engine: str, exported: Path, tmp_path: Path):
+    command, path = [os.environ.get(f"SLIMMOE_{engine.upper()}", "")], ""
+    if not command[0]:
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "engine")]
+        done = subprocess.run([*install, *PACKAGES[engine]], capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            pytest.skip(f"{engine} cannot be installed here: {done.stderr.strip()[-200:]}")
+        command, path = [sys.executable], str(tmp_path / "engine")
+    found = results(engine, exported, command, path)
+    seen = {name: "no" if isinstance(got, str) else "loads" if got < 1e-3 else "differs" for name, got in found.items()}
+    assert seen == {name: effects(name)[engine] for name in VARIANTS}, found
+    if engine == "transformers4":
+        assert {got for got in found.values() if not isinstance(got, str)} == {0.0}
+
+
+@pytest.mark.slow  # reads and writes every variant with another program
+def test_llama_cpp_converts_what_its_rules_let_through(exported: Path):
+    if LLAMA_CPP not in os.environ:
+        pytest.skip(f"{LLAMA_CPP} does not name the folder of llama.cpp with its convert_hf_to_gguf.py")
+    tree = os.environ[LLAMA_CPP]
+    found = results("llama.cpp", exported, [sys.executable], os.pathsep.join((tree, f"{tree}/gguf-py")))
+    refused = {name for name, got in found.items() if isinstance(got, str)}
+    assert refused <= {name for name in VARIANTS if effects(name)["llama.cpp"] == "no"}, found
+    assert "qwen3_moe-dense" in refused  # others are refused by what loads the file
