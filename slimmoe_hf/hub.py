@@ -19,6 +19,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.card import MARK, check_card, images_of, may_be_written
+from slimmoe_hf.engine_report import assess, engine_section
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import CARD, Base, find_base, licence_files, public_name
 from slimmoe_hf.plan import CompressionPlan
@@ -110,9 +111,10 @@ def write_extras(
     if not may_be_written(model / CARD):
         return
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    engines = engine_section(assess(model))
     text = run_card(RunFacts(
         repo, base, license, recipe.teacher if another else None, recipe, report, plans, _histories(run, len(plans)),
-        pictures, config, chat=(model / "chat_template.jinja").exists(), branch=branch,
+        pictures, config, chat=(model / "chat_template.jinja").exists(), branch=branch, engines=engines,
     ))  # fmt: skip
     written = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     check_card(text, files.keys() | written)

@@ -13,7 +13,8 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from rich.console import Console
 
 from slimmoe_hf import card
-from slimmoe_hf.command_inputs import require
+from slimmoe_hf.command_inputs import require, say
+from slimmoe_hf.engine_report import Verdict, assess, engine_lines, engine_section
 from slimmoe_hf.hub import MODEL, complete_folder, write_extras
 from slimmoe_hf.lineage import CARD, Base, find_base
 from slimmoe_hf.loading import FACTORED, weights_sha256
@@ -50,8 +51,10 @@ def push(args: argparse.Namespace) -> None:
         text = files[CARD]
         card.check_card(text.read_text(encoding="utf-8") if isinstance(text, Path) else text.decode(), files.keys())
         refuse_secrets(files)
+        served = _served(folder / MODEL if a_run else folder, files)
         if args.dry_run:
             _show(args, folder / MODEL if a_run else folder, files)
+            say("\n".join(engine_lines(served)))
             return
         message = args.message or f"Upload {'slimmed model' if a_run else 'model'} with slimmoe_hf"
         pushed = push_files(
@@ -59,7 +62,15 @@ def push(args: argparse.Namespace) -> None:
             existing="replace" if args.overwrite else "refuse",
         )  # fmt: skip
     said = f"{len(files)} files, verified" if pushed.changed else "holds exactly these files already; nothing to do"
-    Console().print(f"{pushed.url}: {said}", markup=False, highlight=False, soft_wrap=True)
+    say("\n".join([f"{pushed.url}: {said}", *engine_lines(served)]))
+
+
+def _served(folder: Path, files: dict[str, Content]) -> list[Verdict]:
+    """Which engines load what is to be published; nothing of an adapter."""
+    config = files.get("config.json")
+    if config is None:
+        return []
+    return assess(folder, json.loads(config.read_bytes() if isinstance(config, Path) else config))
 
 
 def _is_run(folder: Path) -> bool:
@@ -106,11 +117,14 @@ def _of_model(args: argparse.Namespace, folder: Path) -> dict[str, Content]:
     elif card.may_be_written(folder / CARD):
         origin = origin or "the original model"
         base = find_base(origin, None, args.base_model, args.license, quiet=args.dry_run)[0]
-        files[CARD] = _model_card(args, base, folder, config if not adapter else {}, adapter).encode()
+        served = engine_section([] if adapter else _served(folder, files))
+        files[CARD] = _model_card(args, base, folder, config if not adapter else {}, adapter, served).encode()
     return dict(sorted(files.items()))
 
 
-def _model_card(args: argparse.Namespace, base: Base, folder: Path, config: dict[str, Any], adapter: bool) -> str:
+def _model_card(
+    args: argparse.Namespace, base: Base, folder: Path, config: dict[str, Any], adapter: bool, served: str
+) -> str:
     """A short card, for a folder that tells nothing but what is in it."""
     kind = "A LoRA adapter" if adapter else "A Mixture-of-Experts model"
     made = f" made from `{base.name}`" if base.hub_id else ""
@@ -123,6 +137,7 @@ def _model_card(args: argparse.Namespace, base: Base, folder: Path, config: dict
     return card.assemble(card.metadata(repo, base, tags=tags, adapter=adapter), repo.split("/")[-1], [
         ("", f"{kind}{made}, pushed with slimmoe_hf. {plan}"),
         ("Use it", code),
+        ("Where it loads", served),
         ("Limits", "No measurements came with it: nothing is known here of its quality, its bias or its safety."),
         ("Licence", card.license_text(base, args.license)),
     ])  # fmt: skip

@@ -44,6 +44,7 @@ class RunFacts:
         config: Of the published model.
         chat: Whether the tokenizer has a chat template.
         branch: Where it is published, if not on main.
+        engines: Which engines load it, in Markdown.
     """
 
     repo: str | None
@@ -58,6 +59,7 @@ class RunFacts:
     config: dict[str, Any]
     chat: bool
     branch: str | None = None
+    engines: str = ""
 
     @property
     def original(self) -> ModelReport:
@@ -93,6 +95,7 @@ def run_card(facts: RunFacts) -> str:
         ("Benchmark tasks", _tasks(facts)),
         ("What was cut, and how it recovered", _pictures(facts)),
         ("How it was made", _making(facts)),
+        ("Where it loads", facts.engines),
         ("Limits", _limits(facts)),
         ("Samples", _samples(facts)),
         ("Make it again", _again(facts)),
