@@ -23,6 +23,12 @@ from slimmoe_hf.serving import serving_config
 from slimmoe_hf.shards import DTYPES, Buffer, ShardWriter, all_finite, read_header
 
 TOKENIZER = "tokenizer_config.json"
+_SPELLED = (
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+    "norm_topk_prob", "router_jitter_noise", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+    "tie_word_embeddings",
+)  # fmt: skip
+"""Keys that some engine has no default for, or another one than transformers."""
 _TOKENIZER_5 = "TokenizersBackend"
 """What transformers 5 calls the class that every version knows as `PreTrainedTokenizerFast`."""
 
@@ -42,6 +48,8 @@ def write_engine_form(source: Path, destination: Path) -> None:
     parts = locate(config, stored, str(source))
     check_tied(config, stored, source)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    read = config.to_dict()
+    values |= {key: read[key] for key in _SPELLED if values.get(key) is None and read.get(key) is not None}
     if any(part.scale is not None for part in parts.values()):
         values["dtype"] = "bfloat16"  # FP8, undone while it is read
     values = engine_config(values)

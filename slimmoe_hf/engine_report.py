@@ -11,7 +11,8 @@ from rich.table import Table
 
 from slimmoe_hf import card
 from slimmoe_hf.engine_rules import Effect, Facts, facts_of
-from slimmoe_hf.engines import ENGINES, Engine
+from slimmoe_hf.engines import ENGINES, Engine, Size
+from slimmoe_hf.families import Shape
 
 NOT_RUN = "not run"
 _WORST: tuple[Effect, ...] = ("no", "not known", "differs", "loads")
@@ -24,7 +25,7 @@ class Reason(BaseModel):
     """One rule that a checkpoint breaks.
 
     Attributes:
-        effect: What becomes of it. text: Why. source: Where in the engine's files that is to be read.
+        effect: What becomes of it. text: Why. source: Where in the engine's files that is to be read; empty if not there.
         mended: `slimmoe export --for` writes a checkpoint that keeps the rule.
     """
 
@@ -63,9 +64,11 @@ class Verdict(BaseModel):
 
     @property
     def words(self) -> str:
-        """The effect as users read it; what an export would mend is said."""
-        mended = self.effect == "no" and not self.blocking
-        return _WORDS[self.effect] + (" as it is; slimmoe export --for mends that" if mended else "")
+        """The effect as users read it, and what it would be after an export."""
+        left = min((reason.effect for reason in self.reasons if not reason.mended), key=_WORST.index, default="loads")
+        if left == self.effect:
+            return _WORDS[left]
+        return f"{_WORDS[self.effect]} as it is; after slimmoe export --for {self.engine}: {_WORDS[left]}"
 
     @property
     def blocking(self) -> list[Reason]:
@@ -89,49 +92,59 @@ def assess(folder: Path, written: Mapping[str, Any] | None = None) -> list[Verdi
     Raises:
         ValueError: It is no checkpoint, or damaged.
     """
-    facts = facts_of(folder, written)
+    facts = facts_of(folder, {family for engine in ENGINES.values() for family in engine.families}, written)
     return [_verdict(name, engine, facts) for name, engine in ENGINES.items()]
 
 
 def _verdict(name: str, engine: Engine, facts: Facts) -> Verdict:
     runs = [f"{run.what} ({run.versions}, {run.date})" for run in engine.runs if facts.family in run.families]
-    if facts.form is not None:
-        text = f"its experts are {facts.form}, which only slimmoe_hf loads; --for makes a stock checkpoint of it"
-        reasons = [Reason(effect="no", text=text, source="slimmoe_hf", mended=True)]
-    elif quantised := facts.written.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        text = f"its weights are quantised ({method}), and these rules are for others"
-        reasons = [Reason(effect="not known", text=text, source=engine.package, mended=method == "fp8")]
-    elif facts.family not in engine.families:
-        text = f"no rules for {facts.family} were read off {engine.title}"
-        reasons = [Reason(effect="not known", text=text, source=engine.package, mended=False)]
-    else:
-        broken = [(rule, rule.check(facts)) for rule in engine.families[facts.family]]
-        reasons = [
-            Reason(effect=rule.effect, text=text, source=rule.source, mended=rule.mended)
-            for rule, text in broken
-            if text
-        ]
-    effect = min((reason.effect for reason in reasons), key=_WORST.index, default="loads")
     known = facts.shape is not None and facts.family in engine.families
+    reasons = _reasons(engine, facts)
     return Verdict(
         engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package,
-        effect=effect, reasons=reasons, runs=runs, quantised=_unfit(engine, facts) if known else [], note=engine.note,
+        effect=min((reason.effect for reason in reasons), key=_WORST.index, default="loads"), reasons=reasons, runs=runs,
+        quantised=_unfit(engine, facts.shape) if known and facts.shape is not None else [], note=engine.note if known else "",
     )  # fmt: skip
 
 
-def _unfit(engine: Engine, facts: Facts) -> list[str]:
-    """Quantised forms whose blocks the expert width or the model width does not fill."""
-    assert facts.shape is not None
-    sizes = {"expert width": facts.shape.expert_width, "model width": facts.shape.hidden_size}
+def _reasons(engine: Engine, facts: Facts) -> list[Reason]:
+    """What keeps an engine from loading a checkpoint, or from computing what transformers does."""
+
+    def because(effect: Effect, text: str, mended: bool = False) -> Reason:
+        return Reason(effect=effect, text=text, source="", mended=mended)
+
+    if facts.family not in engine.families:
+        return [because("not known", f"no rules are written for {facts.family} with {engine.title}")]
+    if facts.form is not None:
+        return [
+            because("no", f"its experts are {facts.form}, which only slimmoe_hf loads; --for makes it a stock checkpoint", True),
+            because("not known", "what the stock checkpoint of it breaks is said when it is made"),
+        ]  # fmt: skip
+    found = [
+        Reason(effect=rule.effect, text=text, source=rule.source, mended=rule.mended)
+        for rule in engine.families[facts.family]
+        if (text := rule.check(facts))
+    ]
+    if quantised := facts.written.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        undone = method == "fp8"
+        text = f"its weights are quantised ({method}), and these rules are for others"
+        found.append(because("not known", f"{text}; --for undoes that" if undone else text, undone))
+    return found
+
+
+def _unfit(engine: Engine, shape: Shape) -> list[str]:
+    """Quantised forms whose blocks some rows do not fill."""
+    sizes: dict[Size, int] = {
+        "expert width": shape.expert_width, "model width": shape.hidden_size,
+        "query heads' width": shape.query_heads * shape.head_width, "key heads' width": shape.kv_groups * shape.head_width,
+    }  # fmt: skip
     found = []
     for form in engine.quantisers:
-        unfit = [f"{what} {size}" for what, size in sizes.items() if size % form.multiple]
+        unfit = [f"{what} {sizes[what]}" for what in form.sizes if sizes[what] % form.multiple]
         if unfit:
-            plural = "are" if len(unfit) > 1 else "is"
-            found.append(
-                f"{form.name}: {' and '.join(unfit)} {plural} not a multiple of {form.multiple}; {form.otherwise}"
-            )
+            rule = f"no multiple{'s' if len(unfit) > 1 else ''} of {form.multiple}"
+            found.append(f"{form.name}: {', '.join(unfit)}: {rule}; {form.otherwise}")
     return found
 
 
@@ -143,7 +156,7 @@ def engine_table(verdicts: Sequence[Verdict]) -> Table:
     for heading in ("why", "quantised", "run"):
         shown.add_column(heading, overflow="fold")
     for verdict in verdicts:
-        why = "\n".join(f"{reason.text} [{reason.source}]" for reason in verdict.reasons)
+        why = "\n".join(f"{each.text} [{each.source}]" if each.source else each.text for each in verdict.reasons)
         shown.add_row(
             f"{verdict.title} {verdict.version}\nread {verdict.read}", verdict.words,
             _plain("\n".join(filter(None, (why, verdict.note and f"note: {verdict.note}")))) or "-",

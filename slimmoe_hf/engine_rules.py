@@ -7,7 +7,7 @@ Shape letters: D model width, H query heads, F expert width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ class Facts:
         family: Its `model_type`.
         form: What its experts are, in a form of our own: factored, or merged and shared; None in a stock one.
         written: Its `config.json` as it stands. values: As transformers reads it, with all defaults.
-        shape: Its sizes; None, and `values` empty, where `families` has no row for it.
+        shape: Its sizes; None, and `values` empty, where no rules are written for its family.
         tensors: Names of all stored weights. files: Names of all files.
         tokenizer: Its `tokenizer_config.json`, empty where there is none.
     """
@@ -62,11 +62,12 @@ class Rule:
     mended: bool = False
 
 
-def facts_of(folder: Path, written: Mapping[str, Any] | None = None) -> Facts:
+def facts_of(folder: Path, known: Collection[str], written: Mapping[str, Any] | None = None) -> Facts:
     """Read a checkpoint's facts from its folder; no weight is read.
 
     Args:
         folder: The checkpoint.
+        known: Families that rules are written for; of others little is read.
         written: The `config.json` that it will be published with; None is its own.
 
     Raises:
@@ -78,15 +79,24 @@ def facts_of(folder: Path, written: Mapping[str, Any] | None = None) -> Facts:
     assert written is not None
     own = {FACTORED: "factored", SHARED: "merged and shared"}[form] if form is not None else None
     family = str(written.get("model_type"))
-    config = load_config(folder) if form is None and family in FAMILIES else None
-    file = folder / TOKENIZER
-    tokenizer = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = load_config(folder) if form is None and family in known else None
     return Facts(
         family, own, written, config.to_dict() if config is not None else {},
         shape_of(config) if config is not None else None,
         frozenset(name for shard in weight_files(folder) for name in read_header(shard)),
-        frozenset(entry.name for entry in folder.iterdir()), tokenizer if isinstance(tokenizer, dict) else {},
+        frozenset(entry.name for entry in folder.iterdir()), _tokenizer_of(folder),
     )  # fmt: skip
+
+
+def _tokenizer_of(folder: Path) -> Mapping[str, Any]:
+    file = folder / TOKENIZER
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}). Fetch or make it again.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def named(architecture: str) -> Callable[[Facts], str]:
@@ -105,6 +115,16 @@ def written(*keys: str) -> Callable[[Facts], str]:
     def check(facts: Facts) -> str:
         missing = [key for key in keys if facts.written.get(key) is None]
         return f"config.json lacks {', '.join(missing)}, which it reads" if missing else ""
+
+    return check
+
+
+def defaults(**theirs: Any) -> Callable[[Facts], str]:
+    """The engine has its own default for a key of `config.json` that is missing, and it is not that of transformers."""
+
+    def check(facts: Facts) -> str:
+        missing = [key for key, value in theirs.items() if key not in facts.written and facts.values.get(key) != value]
+        return f"config.json lacks {', '.join(missing)}, so it takes its own default" if missing else ""
 
     return check
 
@@ -174,11 +194,11 @@ def full_attention(facts: Facts) -> str:
 
 
 def rope_kinds(*known: str) -> Callable[[Facts], str]:
-    """The engine knows these ways to scale rope."""
+    """The engine knows these ways to scale rope, or these were compared with what transformers computes."""
 
     def check(facts: Facts) -> str:
         kind = (facts.values.get("rope_parameters") or {}).get("rope_type", "default")
-        return "" if kind in known else f"rope is scaled by {kind}, and it knows {', '.join(known)} here"
+        return "" if kind in known else f"rope is scaled by {kind}, and these rules are for {', '.join(known)}"
 
     return check
 
@@ -215,6 +235,20 @@ def all_heads_have_keys(facts: Facts) -> str:
     return f"it expects as many key/value heads as query heads ({shape.query_heads}), and there are {shape.kv_groups}"
 
 
+def top_two(facts: Facts) -> str:
+    """The engine goes by the number of experts per token where transformers' PhiMoE does not."""
+    found = facts.values.get("num_experts_per_tok")
+    if found == 2:
+        return ""
+    return f"num_experts_per_tok is {found}, which it goes by, and in transformers PhiMoE always takes 2"
+
+
+def vocabulary(facts: Facts) -> str:
+    """The engine wants a tokenizer."""
+    found = facts.files & {"tokenizer.json", "tokenizer.model", "vocab.json"}
+    return "" if found else "there is no tokenizer, and it needs one"
+
+
 def sentencepiece(facts: Facts) -> str:
     """The engine makes this family's vocabulary of a SentencePiece model and of nothing else."""
     return "" if "tokenizer.model" in facts.files else "there is no tokenizer.model, which it makes the vocabulary of"
@@ -232,10 +266,13 @@ def older_tokenizer(facts: Facts) -> str:
 
 def older_rope(facts: Facts) -> str:
     """The engine reads the rope fields as they were spelled before transformers 5, and has defaults for them."""
-    scaled = (facts.values.get("rope_parameters") or {}).get("rope_type", "default") != "default"
-    keys = ("rope_theta", "rope_scaling") if scaled else ("rope_theta",)
+    rope = facts.values.get("rope_parameters") or {}
+    keys = ("rope_theta", "rope_scaling") if rope.get("rope_type", "default") != "default" else ("rope_theta",)
     missing = [key for key in keys if facts.written.get(key) is None]
-    return f"config.json lacks {' and '.join(missing)}, so it takes its own default" if missing else ""
+    if missing:
+        return f"config.json lacks {' and '.join(missing)}, so it takes its own default"
+    old, new = facts.written["rope_theta"], rope.get("rope_theta")
+    return "" if old == new else f"config.json has rope_theta {old}, which it reads, and {new} in rope_parameters"
 
 
 def always(reason: str) -> Callable[[Facts], str]:

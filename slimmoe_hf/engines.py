@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from slimmoe_hf.engine_rules import (
     Rule,
     all_biases,
     all_heads_have_keys,
     always,
+    defaults,
     every_layer_sparse,
     fixed,
     full_attention,
@@ -27,9 +29,15 @@ from slimmoe_hf.engine_rules import (
     per_expert,
     rope_kinds,
     sentencepiece,
+    top_two,
     untied,
+    vocabulary,
     written,
 )
+
+Size = Literal["expert width", "model width", "query heads' width", "key heads' width"]
+"""A number of columns or rows that some weights have; that of heads is of all of them together."""
+_ROWS: tuple[Size, ...] = ("expert width", "model width", "query heads' width")
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,16 @@ class Quantiser:
     """A quantised form that wants rows of a certain length.
 
     Attributes:
-        name: What it is called. multiple: What the expert width and the model width must be multiples of.
+        name: What it is called. multiple: What these sizes must be multiples of.
         otherwise: What happens to weights that are not. source: Where that is to be read.
+        sizes: The ones that it asks that of: of a GGUF or MLX file the lengths of all rows.
     """
 
     name: str
     multiple: int
     otherwise: str
     source: str
+    sizes: tuple[Size, ...] = _ROWS
 
 
 @dataclass(frozen=True)
@@ -90,33 +100,44 @@ _READ = "2026-11-22"
 
 _PHI, _OLMOE, _QWEN = (f"vllm/model_executor/models/{name}.py" for name in ("phimoe", "olmoe", "qwen3_moe"))
 _REGISTRY = "vllm/model_executor/models/registry.py"
+_MIXTRAL, _ROPE = "vllm/model_executor/models/mixtral.py", "vllm/model_executor/layers/rotary_embedding"
+_OF_VLLM = (
+    Rule(vocabulary, "no", "vllm/tokenizers/hf.py, CachedHfTokenizer.from_pretrained"),
+    Rule(rope_kinds("default", "linear", "llama3", "yarn", "longrope"), "not known", f"{_ROPE}/__init__.py, get_rope"),
+    Rule(long_factors(True), "differs", f"{_ROPE}/phi3_long_rope_scaled_rope.py, use_long_rope"),
+)
 _VLLM = Engine(
     "vLLM", "0.33.0", _READ, "wheel vllm 0.33.0",
     families={
         "phimoe": (
+            *_OF_VLLM,
             Rule(named("PhiMoEForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
+            Rule(per_expert, "no", f"{_PHI}, PhiMoEDecoderLayer: block_sparse_moe", mended=True),
             Rule(all_biases, "no", f"{_PHI}, PhiMoEAttention and PhiMoEForCausalLM: bias=True", mended=True),
             Rule(untied, "no", f"{_PHI}, PhiMoEForCausalLM: lm_head is not tied"),
             Rule(fixed("num_experts_per_tok", 2), "no", f"{_PHI}, phimoe_routing_function: assert topk == 2"),
             Rule(fixed("router_jitter_noise", 0.01), "differs", f"{_PHI}, sparsemixer: jitter_eps=0.01"),
             Rule(fixed("hidden_act", "silu"), "differs", f"{_PHI}, PhiMoE: no activation is named"),
-            Rule(long_factors(True), "differs",
-                 "vllm/model_executor/layers/rotary_embedding/phi3_long_rope_scaled_rope.py, use_long_rope"),
         ),
         "mixtral": (
+            *_OF_VLLM,
             Rule(named("MixtralForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
-            Rule(fixed("hidden_act", "silu"), "differs", "vllm/model_executor/models/mixtral.py, MixtralMoE"),
+            Rule(per_expert, "no", f"{_MIXTRAL}, MixtralDecoderLayer: block_sparse_moe", mended=True),
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_MIXTRAL}, MixtralMoE: no activation is named"),
         ),
         "olmoe": (
+            *_OF_VLLM,
             Rule(named("OlmoeForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
             Rule(untied, "no", f"{_OLMOE}, OlmoeForCausalLM: lm_head is not tied"),
             Rule(no_biases, "no", f"{_OLMOE}, OlmoeAttention: bias=False"),
             Rule(head_width, "no", f"{_OLMOE}, OlmoeAttention: hidden_size // total_num_heads"),
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_OLMOE}, OlmoeMoE: no activation is named"),
             Rule(ignored("clip_qkv"), "differs", f"{_OLMOE}, OlmoeAttention.forward"),
             Rule(ignored("norm_topk_prob"), "differs", f"{_OLMOE}, OlmoeMoE: renormalize=False"),
             Rule(fixed("rms_norm_eps", 1e-5), "differs", f"{_OLMOE}, RMSNorm(eps=1e-5)"),
         ),
         "qwen3_moe": (
+            *_OF_VLLM,
             Rule(named("Qwen3MoeForCausalLM"), "not known", f"{_REGISTRY}, _TEXT_GENERATION_MODELS", mended=True),
             Rule(no_biases, "no", f"{_QWEN}, Qwen3MoeAttention: o_proj bias=False"),
             Rule(fixed("hidden_act", "silu"), "no", f"{_QWEN}, Qwen3MoeMLP"),
@@ -124,9 +145,11 @@ _VLLM = Engine(
     },
     quantisers=(
         Quantiser("FP8 blocks", 128, "it refuses to load them (128 times the ranks, with tensor parallelism)",
-                  "vllm/model_executor/layers/quantization/utils/fp8_utils.py, validate_fp8_block_shape_moe"),
+                  "vllm/model_executor/layers/quantization/utils/fp8_utils.py, validate_fp8_block_shape, ..._moe",
+                  ("expert width", "query heads' width", "key heads' width")),
         Quantiser("GPTQ and AWQ, groups of 128", 128, "no Marlin kernel for the experts (128 times the ranks)",
-                  "vllm/model_executor/layers/quantization/utils/marlin_utils.py, check_moe_marlin_supports_config"),
+                  "vllm/model_executor/layers/quantization/utils/marlin_utils.py, check_moe_marlin_supports_config",
+                  ("expert width", "model width")),
     ),
 )  # fmt: skip
 
@@ -135,6 +158,11 @@ _CONVERT = "vendor/llama.cpp/conversion"
 _PER_EXPERT = "modify_tensors"
 _GGUF_RUN = (
     "converter of llama-cpp-python 0.3.36, its name for the pre-tokenizer given by hand; xllamacpp 2026.10.11549"
+)
+_PINNED = "vendor/llama.cpp/requirements/requirements-convert_legacy_llama.txt: transformers==4.57.6"
+_BYTE_LEVEL = (
+    Rule(vocabulary, "no", f"{_CONVERT}/base.py, get_vocab_base"),
+    Rule(older_tokenizer, "no", _PINNED, mended=True),
 )
 _FALLBACK = "vendor/llama.cpp/src/llama-quant.cpp, tensor_type_fallback"
 _LLAMA = Engine(
@@ -146,6 +174,8 @@ _LLAMA = Engine(
             Rule(all_biases, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors", mended=True),
             Rule(untied, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors"),
             Rule(head_width, "no", f"{_GGUF}/phimoe.cpp, load_arch_tensors: wo is n_embd x n_embd"),
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_GGUF}/phi3.cpp, graph: build_moe_ffn(..., LLM_FFN_SILU, ...)"),
+            Rule(top_two, "differs", f"{_CONVERT}/phi.py, PhiMoeModel.set_gguf_parameters"),
             Rule(written("original_max_position_embeddings"), "no",
                  f"{_CONVERT}/phi.py, Phi3MiniModel.set_gguf_parameters", mended=True),
             Rule(sentencepiece, "no", f"{_CONVERT}/phi.py, Phi3MiniModel.set_vocab"),
@@ -155,12 +185,16 @@ _LLAMA = Engine(
                  "differs", f"{_GGUF}/phi3.cpp, graph: build_moe_ffn(..., SOFTMAX), build_norm(..., LLM_NORM_RMS)"),
         ),
         "mixtral": (
+            *_BYTE_LEVEL,
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_GGUF}/llama.cpp, graph: build_moe_ffn(..., LLM_FFN_SILU, ...)"),
             Rule(named("MixtralForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
             Rule(per_expert, "no", f"{_CONVERT}/llama.py, LlamaModel.{_PER_EXPERT}", mended=True),
             Rule(rope_kinds("default", "linear", "yarn", "llama3"), "differs", f"{_CONVERT}/base.py, set_gguf_parameters"),
             Rule(full_attention, "differs", f"{_GGUF}/llama.cpp, load_arch_hparams: no window is read"),
         ),
         "olmoe": (
+            *_BYTE_LEVEL,
+            Rule(fixed("hidden_act", "silu"), "differs", f"{_GGUF}/olmoe.cpp, graph: build_moe_ffn(..., LLM_FFN_SILU, ...)"),
             Rule(named("OlmoeForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
             Rule(per_expert, "no", f"{_CONVERT}/olmo.py, OlmoeModel.{_PER_EXPERT}", mended=True),
             Rule(untied, "no", f"{_GGUF}/olmoe.cpp, load_arch_tensors: output is required"),
@@ -173,6 +207,9 @@ _LLAMA = Engine(
             Rule(fixed("rms_norm_eps", 1e-5), "differs", f"{_CONVERT}/olmo.py, OlmoeModel.set_gguf_parameters"),
         ),
         "qwen3_moe": (
+            *_BYTE_LEVEL,
+            Rule(fixed("hidden_act", "silu"), "differs",
+                 f"{_GGUF}/qwen3moe.cpp, graph: build_moe_ffn(..., LLM_FFN_SILU, ...)"),
             Rule(named("Qwen3MoeForCausalLM"), "no", f"{_CONVERT}/__init__.py", mended=True),
             Rule(no_biases, "no", f"{_GGUF}/qwen3moe.cpp, load_arch_tensors: no bias of wo"),
             Rule(every_layer_sparse, "no", f"{_GGUF}/qwen3moe.cpp, load_arch_tensors"),
@@ -186,8 +223,13 @@ _LLAMA = Engine(
         Quantiser("K-quants", 256, "such weights take another type, of blocks of 32, or F16", _FALLBACK),
     ),
     runs=(
-        Run(("mixtral", "olmoe", "qwen3_moe"), "converted to F32, loaded and run on a CPU: log-probabilities within 0.03 of "
-            "transformers 5.23 where these rules say that it loads, off or refused where they say that", _GGUF_RUN, _READ),
+        Run(("mixtral",), "converted to F32, loaded and run on a CPU: next-token log-probabilities of random models within 0.03 "
+            "of transformers 5.23: plain, tied, with pruned heads, with linear, yarn and llama3 rope; 12 off with a window",
+            _GGUF_RUN, _READ),
+        Run(("olmoe",), "as for mixtral: within 0.03 plain and with linear and yarn rope; 0.1 to 12 off with llama3 rope, "
+            "norm_topk_prob, clip_qkv or another rms_norm_eps; refused tied and with fewer key/value heads", _GGUF_RUN, _READ),
+        Run(("qwen3_moe",), "as for mixtral: within 0.03 plain, tied, with pruned heads, with linear and yarn rope; 0.5 off "
+            "without norm_topk_prob; refused with biases and with a dense layer", _GGUF_RUN, _READ),
         Run(("phimoe",), "converted to F32, loaded and run on a CPU: next-token log-probabilities 6 to 10 nats off those of "
             "transformers 5.23 on a random model", _GGUF_RUN, _READ),
     ),
@@ -197,10 +239,18 @@ _LLAMA = Engine(
 
 _MLX = "mlx_lm/models"
 _SANITIZE = "Model.sanitize"
+_OF_MLX = (
+    Rule(vocabulary, "no", "mlx_lm/utils.py, load"),
+    Rule(fixed("hidden_act", "silu"), "differs", f"{_MLX}/switch_layers.py, SwitchGLU: swiglu"),
+)
 _MLX_LM = Engine(
     "mlx-lm", "0.32.2", _READ, "wheel mlx-lm 0.32.2",
     families={
         "phimoe": (
+            *_OF_MLX,
+            Rule(defaults(rms_norm_eps=1e-6, num_key_value_heads=8, router_jitter_noise=0.01), "differs",
+                 f"{_MLX}/phimoe.py, ModelArgs", mended=True),
+            Rule(top_two, "differs", f"{_MLX}/phimoe.py, sparsemixer"),
             Rule(per_expert, "no", f"{_MLX}/phimoe.py, {_SANITIZE}", mended=True),
             Rule(all_biases, "no", f"{_MLX}/phimoe.py, Attention and Model: bias=True", mended=True),
             Rule(untied, "no", f"{_MLX}/phimoe.py, Model: lm_head is not tied"),
@@ -211,6 +261,9 @@ _MLX_LM = Engine(
             Rule(full_attention, "differs", f"{_MLX}/phimoe.py, PhiMoEModel: create_attention_mask without a window"),
         ),
         "mixtral": (
+            *_OF_MLX,
+            Rule(defaults(rms_norm_eps=1e-5, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+                          tie_word_embeddings=False), "differs", f"{_MLX}/mixtral.py, ModelArgs", mended=True),
             Rule(per_expert, "no", f"{_MLX}/mixtral.py, {_SANITIZE}", mended=True),
             Rule(head_width, "no", f"{_MLX}/mixtral.py, MixtralAttention: hidden_size // num_heads"),
             Rule(older_rope, "differs", f"{_MLX}/mixtral.py, ModelArgs: 1e6 otherwise", mended=True),
@@ -219,12 +272,20 @@ _MLX_LM = Engine(
         ),
         "olmoe": (
             Rule(per_expert, "no", f"{_MLX}/olmoe.py, {_SANITIZE}", mended=True),
-            Rule(written("num_experts"), "no", f"{_MLX}/olmoe.py, ModelArgs", mended=True),
+            *_OF_MLX,
+            Rule(written("num_experts", "num_experts_per_tok", "rms_norm_eps"), "no", f"{_MLX}/olmoe.py, ModelArgs", mended=True),
+            Rule(defaults(norm_topk_prob=False, tie_word_embeddings=True), "differs", f"{_MLX}/olmoe.py, ModelArgs", mended=True),
+            Rule(rope_kinds("default", "linear", "dynamic", "llama3", "yarn", "longrope"), "not known",
+                 f"{_MLX}/rope_utils.py, initialize_rope"),
+            Rule(long_factors(False), "differs", f"{_MLX}/rope_utils.py, SuScaledRoPE"),
             Rule(older_rope, "differs", f"{_MLX}/olmoe.py, ModelArgs: 10000 otherwise", mended=True),
             Rule(ignored("clip_qkv"), "differs", f"{_MLX}/olmoe.py, Attention"),
         ),
         "qwen3_moe": (
-            Rule(written("num_experts", "rope_theta"), "no", f"{_MLX}/qwen3_moe.py, ModelArgs", mended=True),
+            *_OF_MLX,
+            Rule(written("num_experts", "num_experts_per_tok", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size",
+                         "rms_norm_eps", "num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings",
+                         "max_position_embeddings", "norm_topk_prob"), "no", f"{_MLX}/qwen3_moe.py, ModelArgs", mended=True),
             Rule(per_expert, "no", f"{_MLX}/qwen3_moe.py, {_SANITIZE}", mended=True),
             Rule(no_biases, "no", f"{_MLX}/qwen3_moe.py, Attention: bias=False"),
             Rule(rope_kinds("default"), "differs", f"{_MLX}/qwen3_moe.py, Attention: nn.RoPE"),
@@ -270,7 +331,7 @@ _TRANSFORMERS_4 = Engine(
         )),
     },
     runs=(
-        Run(_FOUR, "loaded and run on a CPU: logits equal to the bit to transformers 5.23's; PhiMoE's pruned heads refused",
+        Run(_FOUR, "loaded and run on a CPU: logits within 1e-5 of transformers 5.23's, tokens equal; PhiMoE's pruned heads refused",
             "transformers 4.57.6, torch 2.13.0", _READ),
     ),
 )  # fmt: skip

@@ -12,7 +12,8 @@ def transformers4(folder, ids):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(folder)("a b").input_ids
+    tokens = json.loads((Path(folder).parent / "tokens.json").read_text())
+    assert AutoTokenizer.from_pretrained(folder)(tokens["text"]).input_ids == tokens["ids"]
     model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     assert not any(found.values()), found
     with torch.no_grad():

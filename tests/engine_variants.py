@@ -12,12 +12,19 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+TEXT = "def f(): return <|user|> ü"
 IDS = [5, 9, 33, 70, 12, 300, 41, 8, 77, 150, 222, 19]
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 _LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.1 * n for n in range(8)],
     "long_factor": [2.0 + 0.1 * n for n in range(8)], "short_mscale": 1.2, "long_mscale": 1.3,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+_LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "rope_theta": 5000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -39,10 +46,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # effects in ORDER, and wha
     "mixtral": ("llll", {}),
     "mixtral-heads": ("llnl", _HEADS),
     "mixtral-window": ("lddl", {"sliding_window": 4}),
-    "mixtral-linear": ("lldl", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
+    "mixtral-linear": ("lldl", {"rope_parameters": _LINEAR}),
+    "mixtral-yarn": ("lldl", {"rope_parameters": _YARN, "head_dim": 16}),
+    "mixtral-llama3": ("lldl", {"rope_parameters": _LLAMA3}),
+    "mixtral-gelu": ("dddl", {"hidden_act": "gelu"}),
     "mixtral-tied": ("llll", {"tie_word_embeddings": True}),
     "olmoe": ("llll", {}),
     "olmoe-gqa": ("lnll", {"num_key_value_heads": 2}),
+    "olmoe-linear": ("llll", {"rope_parameters": _LINEAR}),
+    "olmoe-yarn": ("llll", {"rope_parameters": _YARN, "head_dim": 16}),
+    "olmoe-llama3": ("ldll", {"rope_parameters": _LLAMA3}),
     "olmoe-clip": ("dddl", {"clip_qkv": 0.2}),
     "olmoe-norm": ("ddll", {"norm_topk_prob": True}),
     "olmoe-tied": ("nnll", {"tie_word_embeddings": True}),
@@ -52,6 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # effects in ORDER, and wha
     "qwen3_moe-dense": ("lnll", {"mlp_only_layers": [0]}),
     "qwen3_moe-heads": ("llll", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "qwen3_moe-biased": ("nnnl", {"attention_bias": True}),
+    "qwen3_moe-yarn": ("lldl", {"rope_parameters": _YARN}),
     "qwen3_moe-tied": ("llll", {"tie_word_embeddings": True}),
 }
 
@@ -74,4 +88,5 @@ def save_variant(name: str, folder: Path) -> torch.Tensor:
 
 def save_expected(folder: Path, logits: dict[str, torch.Tensor]) -> None:
     """What `engine_runs.py` compares with."""
+    (folder / "tokens.json").write_text(json.dumps({"text": TEXT, "ids": tiny_tokenizer()(TEXT).input_ids}))
     (folder / "expected.json").write_text(json.dumps({name: values.tolist() for name, values in logits.items()}))

@@ -86,7 +86,7 @@ def test_an_export_of_fused_experts_is_the_same_function_and_leaves_its_source_a
     model.save_pretrained(source, save_original_format=False)
     tiny_tokenizer().save_pretrained(source)
     before = {file.name: files_sha256([file]) for file in source.iterdir()}
-    assert verdicts(source)["mlx"] == "no"
+    assert set(verdicts(source).values()) == {"no"}  # none reads fused experts of this family
     assert cli.main(["export", str(source), "--for", "mlx", "--output", str(output)]) == 0
     assert "mlx-lm 0.32.2" in capsys.readouterr().out and verdicts(output)["mlx"] == "loads"
     assert before == {file.name: files_sha256([file]) for file in source.iterdir()}
@@ -156,7 +156,11 @@ def test_the_report_says_why_with_its_source_and_what_was_not_run(exported: Path
     assert said["vllm"]["effect"] == "loads" and said["vllm"]["runs"] == []
     (reason,) = said["mlx"]["reasons"]
     assert "pruned" in reason["text"] and reason["source"].startswith("mlx_lm/models/phimoe.py")
-    assert any("FP8" in text and "expert width 96 and model width 64" in text for text in said["vllm"]["quantised"])
+    fp8 = "expert width 96, query heads' width 32, key heads' width 16: no multiples of 128; it refuses to load them"
+    assert any("FP8" in text and fp8 in text for text in said["vllm"]["quantised"])
+    assert any(
+        "K-quants" in text and "256; such weights take another" in text for text in said["llama.cpp"]["quantised"]
+    )
     assert cli.main(["export", str(exported / "phimoe-heads")]) == 0
     shown = capsys.readouterr().out
     assert "not run" in shown and "does not load" in shown and "0.33.0" in shown
@@ -189,7 +193,7 @@ def test_an_engine_does_what_its_rules_say(engine: str, exported: Path, tmp_path
     seen = {name: "no" if isinstance(got, str) else "loads" if got < 1e-3 else "differs" for name, got in found.items()}
     assert seen == {name: effects(name)[engine] for name in VARIANTS}, found
     if engine == "transformers4":
-        assert {got for got in found.values() if not isinstance(got, str)} == {0.0}
+        assert max(got for got in found.values() if not isinstance(got, str)) < 1e-5
 
 
 @pytest.mark.slow  # reads and writes every variant with another program
