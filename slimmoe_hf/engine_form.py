@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from slimmoe_hf.checkpoint import SHARD_BYTES, carry
 from slimmoe_hf.cuts import Cut, name_shards, write_index
 from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate
+from slimmoe_hf.engine_rules import BEGINNING, TOKENIZER
 from slimmoe_hf.loading import load_config, weight_files
 from slimmoe_hf.serving import serving_config
 from slimmoe_hf.shards import DTYPES, Buffer, ShardWriter, all_finite, read_header
 
-TOKENIZER = "tokenizer_config.json"
 _SPELLED = (
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
     "norm_topk_prob", "router_jitter_noise", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
@@ -78,7 +79,7 @@ def engine_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewrite_tokenizer(folder: Path) -> None:
-    """Have a tokenizer spell its class and its tokens as transformers before 5 did; it stays the same one."""
+    """Have a tokenizer spell its class, its tokens and what it begins texts with as before transformers 5; it stays the same."""
     file = folder / TOKENIZER
     if not file.is_file():
         return
@@ -87,7 +88,22 @@ def rewrite_tokenizer(folder: Path) -> None:
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(values.get("extra_special_tokens"), list):
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values.get("tokenizer_class") in BEGINNING and (folder / "tokenizer.json").is_file():
+        values = {**_edges(folder, values), **values}
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _edges(folder: Path, values: dict[str, Any]) -> dict[str, bool]:
+    """Whether a tokenizer puts tokens around every text, by what it does with one."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bare, whole = (tokenizer.encode("a", add_special_tokens=added).tokens for added in (False, True))
+
+    def puts(key: str, edge: slice) -> bool:
+        token = values.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        return whole[edge] == [token] and bare[edge] != [token]
+
+    return {"add_bos_token": puts("bos_token", slice(0, 1)), "add_eos_token": puts("eos_token", slice(-1, None))}
 
 
 def _cuts(parts: dict[str, Part], values: dict[str, Any]) -> list[Cut]:

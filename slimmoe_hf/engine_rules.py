@@ -20,6 +20,8 @@ from slimmoe_hf.shared_config import SHARED
 Effect = Literal["loads", "differs", "no", "not known"]
 """What becomes of a checkpoint: it loads; it loads and computes something else; it does not load; the rules do not say."""
 TOKENIZER = "tokenizer_config.json"
+BEGINNING = ("LlamaTokenizer", "LlamaTokenizerFast")
+"""Tokenizers that before transformers 5 began every text with a token unless `add_bos_token` said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,14 @@ def older_tokenizer(facts: Facts) -> str:
     if isinstance(facts.tokenizer.get("extra_special_tokens"), list):
         return f"{TOKENIZER} has extra_special_tokens as a list, which came with transformers 5"
     return ""
+
+
+def silent_beginning(facts: Facts) -> str:
+    """The engine's tokenizer library takes the beginning of a text from a key that transformers 5 does not write."""
+    name = facts.tokenizer.get("tokenizer_class")
+    if name not in BEGINNING or "add_bos_token" in facts.tokenizer:
+        return ""
+    return f"{TOKENIZER} lacks add_bos_token, so its {name} begins every text with <s>, whatever tokenizer.json says"
 
 
 def older_rope(facts: Facts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from engine_variants import IDS, ORDER, VARIANTS, effects, save_expected, save_variant
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_batch, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimmoe_hf import cli, commands, parsers_export
@@ -103,6 +105,25 @@ def test_an_export_of_fused_experts_is_the_same_function_and_leaves_its_source_a
     assert (
         AutoTokenizer.from_pretrained(output)(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
     )
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_an_exported_tokenizer_says_what_it_begins_texts_with(begins: bool, tmp_path: Path):
+    save_tiny(tmp_path / "source", "mixtral")
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    token, ids = str(tokenizer.bos_token), tokenizer("a").input_ids
+    assert ids[0] != tokenizer.bos_token_id
+    if begins:
+        pieces = [(token, tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=pieces)
+    tokenizer.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizer"}))
+    assert verdicts(tmp_path / "source")["transformers4"] == "differs"
+    write_engine_form(tmp_path / "source", tmp_path / "output")
+    assert verdicts(tmp_path / "output")["transformers4"] == "loads"
+    said = json.loads((tmp_path / "output" / "tokenizer_config.json").read_text())
+    assert (said["add_bos_token"], said["add_eos_token"]) == (begins, False)
 
 
 def test_an_unread_family_is_not_known_to_load_anywhere(tmp_path: Path):
