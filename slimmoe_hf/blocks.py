@@ -200,6 +200,10 @@ class Blocks:
         inner = len(self._prefixes[part]) + 1
         return {name[inner:]: found[self._names[name]] for name in wanted}
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """What a weight is in that the checkpoint has under this name, FP8 undone."""
+        return self._reader.parts[name].dtype
+
     def bytes(self, part: int) -> int:
         """What reading a part reads."""
         return self._reader.bytes({self._names[name]: shape for name, shape in self._wanted(part).items()})

@@ -94,11 +94,12 @@ def slim_checkpoint(
     plan.check()
     plan.refuse_unmerged() if duplicate else plan.refuse_adaptive()
     plan.check_fits(config)
-    if other_weights and plan.repairs.tensors():
+    if other_weights and plan.repairs:
         raise ValueError(
             f"{opened.name}: the plan carries output projections that were solved anew for the model it was made for, and they "
             "fit no sibling (--other-weights). Make a plan for this one, or one without --reconstruct."
         )
+    plan.repairs.check_same(plan.meta.repairing)
     stored = opened.stored()
     parts = locate(config, stored, opened.name)
     if isinstance(opened, LocalSource):

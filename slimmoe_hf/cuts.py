@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slimmoe_hf.disk import Part, expected_shapes, published_name, read_part
 from slimmoe_hf.families import config_from, family_of, shape_of, shape_values
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.serving import needs_biases, serving_config
-from slimmoe_hf.shards import DTYPES, INDEX, SINGLE, Buffer
+from slimmoe_hf.shards import INDEX, SINGLE, Buffer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cut:
         part: The weight it is taken from; None for zeros.
         axis, index: What is selected; None for all of it.
         shares: Of a merged expert, the weights that it is the sum of, each with its share and its order along `axis`.
-        given: What is written instead of a selection of `part`, where the plan carries a repaired weight.
+        given: Gives what is written instead of a selection of `part`, where the plan carries a repaired weight.
         experts: Of a tensor of all experts, what each of them is.
     """
 
@@ -42,7 +43,7 @@ class Cut:
     axis: int = 0
     index: Tensor | None = None
     shares: tuple[tuple[Part, float, Tensor], ...] = ()
-    given: Tensor | None = None
+    given: Callable[[], Tensor] | None = None
     experts: tuple[Cut, ...] = ()
 
     @property
@@ -69,7 +70,7 @@ class Cut:
         if self.part is None:
             return torch.zeros(self.shape, dtype=self.dtype)
         if self.given is not None:
-            return self.given.to(self.dtype)
+            return self.given().to(self.dtype)
         if self.shares:
             members = ((read_part(folder, part), share, order) for part, share, order in self.shares)
             return blended(members, self.axis).to(self.dtype)
@@ -144,7 +145,6 @@ def list_cuts(
         if new is None:
             continue
         axis, index = selections.get(name, (0, None))
-        own = torch.bfloat16 if part.scale is not None else DTYPES[part.stored.dtype]
         shape = list(part.shape)
         if index is not None:
             shape[axis] = len(index)
@@ -154,7 +154,7 @@ def list_cuts(
                 "this model."
             )
         exact = fine is not None and name.endswith(f".{fine}")  # what is added for the choice alone stays as it is
-        kept = given if given is not None and own.is_floating_point and not exact else own
+        kept = given if given is not None and part.dtype.is_floating_point and not exact else part.dtype
         if name in merged:
             cuts.append(Cut(new, wanted[new], kept, part, *merged[name], given=repaired.get(name)))
             continue
@@ -251,19 +251,25 @@ def _merged(
     return found
 
 
-def _repaired(config: PreTrainedConfig, plan: CompressionPlan, duplicate: bool) -> dict[str, Tensor]:
-    """Published name of an output projection -> what the plan writes in its place."""
-    family, found = family_of(config), {}
+def _repaired(config: PreTrainedConfig, plan: CompressionPlan, duplicate: bool) -> dict[str, Callable[[], Tensor]]:
+    """Published name of an output projection -> what gives what the plan writes in its place, when it is wanted."""
+    family, found = family_of(config), dict[str, Callable[[], Tensor]]()
     paths, repairs, turned = family.paths(config), plan.repairs, family.disk.fused and family.layout.transposed
-    for layer, down_EDF in repairs.down_proj.items():
+
+    def down(layer: int, number: int) -> Tensor:
+        weight = repairs.down_proj.part(layer, number)
+        return weight.T if turned else weight
+
+    for layer in repairs.down_proj:
         numbers = {expert: number for number, expert in enumerate(_experts(plan, layer))}
         if duplicate:
             numbers = dict(enumerate(plan.blends[layer].owner.tolist()))
         for expert, number in numbers.items():
-            down = down_EDF[number].T if turned else down_EDF[number]
-            found[f"{paths[layer].disk}.{family.disk.down.format(expert)}"] = down
-    for layer, weight in repairs.o_proj.items():
-        found[published_name(family, f"{paths[layer].attention}.{family.projections[-1]}.weight")] = weight
+            name = f"{paths[layer].disk}.{family.disk.down.format(expert)}"
+            found[name] = partial(down, layer, number)
+    for layer in repairs.o_proj:
+        name = published_name(family, f"{paths[layer].attention}.{family.projections[-1]}.weight")
+        found[name] = partial(repairs.o_proj.__getitem__, layer)
     return found
 
 

@@ -44,6 +44,11 @@ class Part:
     scale: Stored | None = None
     block: tuple[int, int] | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `read_part` makes of it."""
+        return torch.bfloat16 if self.scale is not None else DTYPES[self.stored.dtype]
+
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that makes the whole model of a config: with an encoder where it has one."""

@@ -18,6 +18,7 @@ from slimmoe_hf.blends import Blend
 from slimmoe_hf.calibration import add_up
 from slimmoe_hf.families import ExpertLayout, LayerView, expert_size, family_of
 from slimmoe_hf.plan import CompressionPlan
+from slimmoe_hf.shards import all_finite
 from slimmoe_hf.taps import Sweep, accumulator
 
 
@@ -219,10 +220,17 @@ class LayerRepair:
         self.attention.add(input_NX[:, kept], input_NX[:, dropped] @ projection.weight[:, dropped].float().T)
 
     @torch.no_grad()
-    def solve(self, ridge: float) -> dict[str, Tensor]:
+    def solve(self, ridge: float, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """The layer's part of a plan's repairs, and of its summary the shares that they take away of the error.
 
         In several processes all of them must call it.
+
+        Args:
+            ridge: Of the least squares.
+            dtypes: What the float64 solution of each of `REPAIR_KINDS` is rounded to; the model's own where it is not named.
+
+        Raises:
+            ValueError: As `Fit.solve`; or a solution is not finite in that dtype.
         """
         add_up(sums for fit in [*self.fits, *filter(None, [self.attention])] for sums in fit.sums)
         where, found = f"layer {self.view.index}", dict[str, Tensor]()
@@ -230,16 +238,24 @@ class LayerRepair:
             weights, taken = [], 0.0
             for number, fit in enumerate(self.fits):
                 added_DX, removed = fit.solve(ridge, f"{where}, expert {number} of those kept")
-                weights.append((self.experts.plain(number).cpu() + added_DX.cpu()).to(self.dtype))
+                dtype = dtypes.get("down_proj", self.dtype)
+                weights.append(_rounded(self.experts.plain(number), added_DX, dtype, where))
                 taken += removed
             found["down_proj"] = torch.stack(weights)
             found["experts_repaired"] = _share(taken, sum(float(fit.lost) for fit in self.fits))
         if self.attention is not None:
             added_DX, taken = self.attention.solve(ridge, f"{where}, attention")
             plain_DX = self.projection.weight[:, self.queries]
-            found["o_proj"] = (plain_DX.cpu().double() + added_DX.cpu()).to(plain_DX.dtype)
+            found["o_proj"] = _rounded(plain_DX, added_DX, dtypes.get("o_proj", plain_DX.dtype), where)
             found["attention_repaired"] = _share(taken, float(self.attention.lost))
         return found
+
+
+def _rounded(plain_DX: Tensor, added_DX: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    solved_DX = (plain_DX.cpu().double() + added_DX.cpu()).to(dtype)
+    if not all_finite(solved_DX):
+        raise ValueError(f"{where}: what is solved is not finite in {str(dtype).removeprefix('torch.')}. Use bfloat16.")
+    return solved_DX
 
 
 def _share(taken: float, lost: float) -> Tensor:

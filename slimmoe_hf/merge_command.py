@@ -20,6 +20,7 @@ from slimmoe_hf.plan import CompressionPlan, Target, validate_target
 from slimmoe_hf.preflight import dtype_name
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.scoring import scored_model
+from slimmoe_hf.sizing import own_dtype
 
 _NEXT = {
     "uniform": "verified; next: slimmoe distill --model {output} --teacher {model} ...",
@@ -62,7 +63,7 @@ def merge(args: argparse.Namespace) -> None:
         reference=args.reference, seed=args.seed,
     )  # fmt: skip
     if reconstructs(args.reconstruct):
-        plan = reconstruct(model, given, plan)
+        plan = reconstruct(model, given, plan, dtype=own_dtype(config))
     del model
     if form == "indirect":
         _write_indirect(path, plan, output, args.overwrite)

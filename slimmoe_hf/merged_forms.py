@@ -119,5 +119,6 @@ def _check_merges(model: PreTrainedModel, plan: CompressionPlan) -> None:
     plan.check_fits(model.config)
     refuse_foreign_repairs(model, plan)
     plan.check()
+    plan.repairs.check_same(plan.meta.repairing)
     if missing := set(plan.blends) - {layer for layer, _, _ in moe_layers(model)}:
         raise ValueError(f"the plan merges experts in layers {sorted(missing)}, where this model has none.")

@@ -150,14 +150,14 @@ class _Outlook:
         dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
         memory = reconstruction_memory(
             config, after, tokens=calibration.tokens, batch=calibration.batch_size, length=self.recipe.data.max_length,
-            dtype=dtype, stored=self.dtype if calibration.stream else None,
+            dtype=dtype, stored=self.dtype, streamed=calibration.stream,
         )  # fmt: skip
         width, hidden = kept.expert_width, kept.hidden_size
         sums = before.top_k * calibration.tokens * 2 * width * (width + hidden)
         solutions = kept.num_experts * width**2 * (width / 3 + 2 * hidden)
         # The text passes once, its experts are run once more, and float64 is half as fast.
         operations = 4 * _active(config) * calibration.tokens + 2 * before.layers * (sums + solutions)
-        carried = before.layers * kept.num_experts * width * hidden * dtype.itemsize
+        carried = before.layers * kept.num_experts * width * hidden * self.dtype.itemsize
         what = f"output projections solved anew on {calibration.tokens:,} tokens"
         reading, passing = 0.0, 0
         if calibration.stream:

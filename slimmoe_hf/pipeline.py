@@ -54,6 +54,7 @@ from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
+from slimmoe_hf.sizing import own_dtype
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.steps import check_room, shown_steps
 from slimmoe_hf.streamed_evaluation import stream_measurement
@@ -220,7 +221,8 @@ class _Pipeline:
             return stream_reconstruct(
                 source, given, plan, work=work, dtype=calibration.dtype, device=where, overwrite=True
             )
-        return reconstruct(load_model(source, calibration.dtype, where, whole=True), given, plan)
+        model = load_model(source, calibration.dtype, where, whole=True)
+        return reconstruct(model, given, plan, dtype=own_dtype(load_config(source)))
 
     def _calibration(self, calibration: Calibration) -> tuple[list[dict[str, Tensor]], torch.device]:
         """Batches of text set aside for it, and what they are run on."""

@@ -27,7 +27,7 @@ from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert
 from slimmoe_hf.families import Shape, config_from, expert_size, family_of, routing_groups, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
 from slimmoe_hf.limits import check_groups, check_shared
-from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
+from slimmoe_hf.repairs import Repairing, Repairs
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts, super_experts_of
 
@@ -161,7 +161,8 @@ class CompressionPlan:
         experts: Absolute layer index -> `[E']`, ascending. Empty where no expert is dropped. Of an adaptive merging, layers
             have numbers of their own, E' on average, and those that stay as they are have none.
         blends: Absolute layer index -> what each of those E' becomes an average of. Empty where experts just go.
-        repairs: Output projections to write instead of slices. Empty unless `reconstruct` made them.
+        repairs: Output projections to write instead of slices. Empty unless `reconstruct` made them. Of a plan that was read
+            they stay in its folder until they are wanted.
     """
 
     meta: PlanMeta
@@ -186,9 +187,8 @@ class CompressionPlan:
         for layer, blend in sorted(self.blends.items()):
             for kind, tensor in blend.tensors().items():
                 digest.update(f"{kind}.{layer}".encode() + tensor.numpy().tobytes())
-        for name, weight in self.repairs.tensors().items():
-            digest.update(f"{name}.{weight.dtype}".encode())
-            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        if self.meta.repairing is not None and self.repairs:
+            digest.update(self.meta.repairing.sha256.encode())
         return digest.hexdigest()
 
     @property
@@ -249,7 +249,7 @@ class CompressionPlan:
         return (heads[:, None] * len(width) + width).flatten(), (kept_G[:, None] * len(width) + width).flatten()
 
     def save(self, folder: str | Path) -> None:
-        """Write `plan.json` and `plan.safetensors` into `folder`, beside their place first, then renamed."""
+        """Write `plan.json`, `plan.safetensors` and what is repaired into `folder`, beside their place first, then renamed."""
         tensors = {
             f"{kind}.{layer}": index.to(torch.int32)
             for kind, kept in self.kept.items()
@@ -257,10 +257,11 @@ class CompressionPlan:
         }
         for layer, blend in self.blends.items():
             tensors |= {f"{kind}.{layer}": tensor for kind, tensor in blend.tensors().items()}
-        tensors |= {name: weight.contiguous() for name, weight in self.repairs.tensors().items()}
         with replacing(Path(folder), overwrite=True) as beside:
             beside.mkdir()
             save_file(tensors, beside / "plan.safetensors")
+            if self.repairs:
+                self.repairs.save(beside)
             (beside / "plan.json").write_text(self.meta.model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -268,7 +269,8 @@ class CompressionPlan:
         """Read a folder written by `save`.
 
         Raises:
-            ValueError: No plan there, damaged, of another version, or its indices do not fit its own sizes.
+            ValueError: No plan there, damaged, of another version, or its indices do not fit its own sizes. Repaired weights are
+                looked at by `repairs.check_same`.
         """
         folder = Path(folder)
         if not (folder / "plan.json").is_file():
@@ -285,19 +287,17 @@ class CompressionPlan:
             raise ValueError(
                 f"{folder}/plan.safetensors: missing or damaged ({error}). Make the plan again."
             ) from error
-        found: dict[str, dict[int, Tensor]] = {
-            kind: {} for kind in ("neurons", "groups", "experts", *KINDS, *REPAIR_KINDS)
-        }
+        found: dict[str, dict[int, Tensor]] = {kind: {} for kind in ("neurons", "groups", "experts", *KINDS)}
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
             if kind not in found or not layer.isdigit():
                 raise ValueError(f"{folder}/plan.safetensors: unknown tensor {name}.")
-            found[kind][int(layer)] = tensor if kind in ("weight", *REPAIR_KINDS) else tensor.long()
+            found[kind][int(layer)] = tensor if kind == "weight" else tensor.long()
         parts = [found.pop(kind) for kind in KINDS]
         if len({frozenset(part) for part in parts}) > 1:
             raise ValueError(f"{folder}/plan.safetensors: a layer's merging is not whole. Make the plan again.")
         blends = {layer: Blend(*(part[layer] for part in parts)) for layer in parts[0]}
-        repairs = Repairs(*(found.pop(kind) for kind in REPAIR_KINDS))
+        repairs = Repairs() if meta.repairing is None else Repairs.load(folder)
         plan = cls(meta, **found, blends=blends, repairs=repairs)
         plan.check()
         return plan
@@ -320,7 +320,7 @@ class CompressionPlan:
             raise ValueError(f"the plan does not leave {after.num_experts} experts a layer on average. Make it again.")
         for layer, blend in self.blends.items():
             blend.check(before.num_experts, each[layer], before.expert_width, f"plan merging of layer {layer}")
-        if self.meta.repairing is not None or self.repairs.tensors():
+        if self.meta.repairing is not None or self.repairs:
             cut = self.neurons.keys() | self.blends.keys()
             self.repairs.check({n: each.get(n, after.num_experts) for n in cut}, self.groups.keys(), after)
         for kind, kept in self.kept.items():

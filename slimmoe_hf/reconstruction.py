@@ -30,11 +30,14 @@ from slimmoe_hf.families import LayerView, family_of, layer_views
 from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.repairs import Repairing, Repairs
+from slimmoe_hf.repairs import REPAIR_KINDS, Held, Repairing, Repairs
 from slimmoe_hf.taps import Batch, Sweep
 
 RIDGE = 0.05
 """Share of the mean square of the kept inputs that is added to each of them."""
+
+REPAIRED = ("experts_repaired", "attention_repaired")
+"""What a layer's summary says of its repair."""
 
 
 def reconstruct(
@@ -43,6 +46,7 @@ def reconstruct(
     plan: CompressionPlan,
     ridge: float = RIDGE,
     *,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> CompressionPlan:
     """Solve the output projections of what a plan keeps anew, on what the uncut model does with some text.
@@ -57,10 +61,12 @@ def reconstruct(
         batches: As for `collect_stats`; the text that was scored will do.
         plan: From `make_plan` or `plan_merge`.
         ridge: Of the least squares, as a share of the mean square of the kept inputs; more keeps nearer to the slices.
+        dtype: What the repaired weights are rounded to; the checkpoint's, where the model was loaded in another. None is the
+            model's own.
         progress: Show a progress bar.
 
     Returns:
-        The plan with `repairs`, in the dtype of the model's weights, for `apply_plan` and `slim_checkpoint`. A plan that
+        The plan with `repairs`, for `apply_plan` and `slim_checkpoint`. A plan that
         only drops experts cuts no projection, and comes back as it is.
 
     Raises:
@@ -82,16 +88,18 @@ def reconstruct(
     sweep, seen = Sweep(whole), seen_in(given, whole)
     data_sha256 = share_seen(seen)
     seen.require_tokens()
-    found = {}
+    found, dtypes = {}, {} if dtype is None else dict.fromkeys(REPAIR_KINDS, dtype)
     with _in_eval(model):
         text = (_Anew if whole or not _through(model) else _Through)(model, given, sweep)
         for view in track(layer_views(model), "Reconstructing", disable=not progress):
             layer = LayerRepair(model, view, plan, sweep)
             with layer.listening() as wanted:
                 text.pass_by(view, wanted)
-            found[view.index] = layer.solve(ridge)
-    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=data_sha256)
-    return with_repairs(plan, found, repairing, fingerprint)
+            found[view.index] = layer.solve(ridge, dtypes)
+    kinds = (Held({layer: each[kind] for layer, each in found.items() if kind in each}) for kind in REPAIR_KINDS)
+    repairs = Repairs(*kinds)
+    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=data_sha256, sha256=repairs.sha256)
+    return with_repairs(plan, repairs, found, repairing, fingerprint)
 
 
 def check_repairable(plan: CompressionPlan, config: PreTrainedConfig, fingerprint: str | None, ridge: float) -> None:
@@ -126,25 +134,34 @@ def repair_values(plan: CompressionPlan) -> int:
 
 
 def with_repairs(
-    plan: CompressionPlan, found: Mapping[int, Mapping[str, Tensor]], repairing: Repairing, fingerprint: str | None
+    plan: CompressionPlan,
+    repairs: Repairs,
+    found: Mapping[int, Mapping[str, Tensor]],
+    repairing: Repairing,
+    fingerprint: str | None,
 ) -> CompressionPlan:
-    """A plan with what `LayerRepair.solve` found of each of its layers, and the fingerprint of the weights they stand for."""
-    kinds = {kind: {n: each[kind] for n, each in found.items() if kind in each} for kind in ("down_proj", "o_proj")}
-    shares = ("experts_repaired", "attention_repaired")
+    """A plan with its repairs.
+
+    Args:
+        plan: What is cut.
+        repairs: The weights that `LayerRepair.solve` found.
+        found: Of each layer, of what else it found `REPAIRED`.
+        repairing: How.
+        fingerprint: Of the weights that they stand for.
+    """
     layers = [
-        each.model_copy(update={name: float(found[each.index][name]) for name in shares if name in found[each.index]})
+        each.model_copy(update={name: float(found[each.index][name]) for name in REPAIRED if name in found[each.index]})
         for each in plan.meta.layers
     ]
     meta = plan.meta.model_copy(update={"repairing": repairing, "layers": layers, "fingerprint": fingerprint})
-    repaired = dataclasses.replace(plan, meta=meta, repairs=Repairs(**kinds))
+    repaired = dataclasses.replace(plan, meta=meta, repairs=repairs)
     repaired.check()
     return repaired
 
 
 def without_repairs(plan: CompressionPlan) -> CompressionPlan:
     """The same choice with plain slices, for where the repaired weights are at hand already: they are as large as those."""
-    shares = {"experts_repaired": None, "attention_repaired": None}
-    layers = [each.model_copy(update=shares) for each in plan.meta.layers]
+    layers = [each.model_copy(update=dict.fromkeys(REPAIRED)) for each in plan.meta.layers]
     meta = plan.meta.model_copy(update={"repairing": None, "layers": layers})
     return dataclasses.replace(plan, meta=meta, repairs=Repairs())
 

@@ -19,6 +19,7 @@ from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import check_teacher, device
 from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.sizing import own_dtype
 from slimmoe_hf.sources import HubSource, LocalSource, fetch_weights, open_source
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_repair import stream_reconstruct
@@ -58,7 +59,8 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
         return decided(scored(args, output))
     if not args.stream:
         model, stats, given = scored_model(args)
-        return reconstruct(model, given, decided(stats))
+        config = load_config(find_checkpoint(args.model, args.revision, weights=False))
+        return reconstruct(model, given, decided(stats), dtype=own_dtype(config))
     path, stats, given = scored_stream(args, output)
     return rebuilt(args, output, path, given, decided(stats))
 

@@ -122,9 +122,10 @@ def reconstruction_memory(
     batch: int,
     length: int,
     dtype: torch.dtype,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype,
+    streamed: bool,
 ) -> Memory:
-    """Memory of `reconstruct`, or with `stored` of `stream_reconstruct`; `host` is text between layers, and solved weights.
+    """Memory of `reconstruct`, or if `streamed` of `stream_reconstruct`; `host` is text between layers, and solved weights.
 
     Args:
         config: The model's. after: Of what the plan leaves.
@@ -132,7 +133,8 @@ def reconstruction_memory(
         batch: B, rows at a time.
         length: T, tokens per row.
         dtype: What is computed in.
-        stored: What the checkpoint is in that streams by; its text between layers is on the disk.
+        stored: What the checkpoint is in, and what is solved.
+        streamed: The model streams by: its text between layers is on the disk, and so is what is solved but of one layer.
 
     Raises:
         ValueError: As `family_of`.
@@ -143,14 +145,16 @@ def reconstruction_memory(
     busiest = batch * length  # tokens: all of a batch may go to one expert
     adding = busiest * (3 * before.expert_width + 2 * hidden) * 4 + busiest * (width + hidden) * 8
     solving = (3 * width**2 + 3 * hidden * width) * 8
-    weights = (_parts(config)[0] if stored else sum(_parts(config))) * dtype.itemsize
-    solved = (layers * kept.num_experts * width + before.layers * _heads(before, kept)) * hidden * dtype.itemsize
-    waiting = _parts(config)[0] * stored.itemsize if stored else tokens * hidden * dtype.itemsize
+    weights = (_parts(config)[0] if streamed else sum(_parts(config))) * dtype.itemsize
+    experts, attention = kept.num_experts * width * hidden, _heads(before, kept) * hidden
+    # Those of a layer are put together in memory of their own.
+    solved = (2 * experts + attention) if streamed else (layers + 1) * experts + before.layers * attention
+    waiting = _parts(config)[0] * stored.itemsize if streamed else tokens * hidden * dtype.itemsize
     parts = {
         "weights": weights, "sums": kept.num_experts * _fit(width, hidden) + _fit(_heads(before, kept), hidden),
         "working set": max(forward.peak + adding, solving),
     }  # fmt: skip
-    return Memory(use="reconstruction", parts=parts, peak="layer", host=waiting + solved)
+    return Memory(use="reconstruction", parts=parts, peak="layer", host=waiting + solved * stored.itemsize)
 
 
 def _heads(before: Shape, kept: Shape) -> int:

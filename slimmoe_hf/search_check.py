@@ -51,6 +51,7 @@ def check_search(
     rebuild: bool = True,
     number: int = 5,
     batch_size: int = 8,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Checked:
     """Measure the few shapes that are predicted best, after pure width, pure drop and the best one with fewer groups.
@@ -67,6 +68,7 @@ def check_search(
         rebuild: Measure with output projections solved anew too, and go by that.
         number: How many shapes beside those three.
         batch_size: Rows of the validation text at a time.
+        dtype: Of what is solved, as `reconstruct` takes it.
         progress: Show a progress bar.
 
     Raises:
@@ -79,7 +81,7 @@ def check_search(
         raise ValueError("the statistics are of a model with other weights. Score this model.")
     if number < 1:
         raise ValueError(f"number={number}: check at least one shape.")
-    check = _Check(model, stats, found, rows_NT, list(batches), rebuild, batch_size)
+    check = _Check(model, stats, found, rows_NT, list(batches), rebuild, batch_size, dtype)
     references = [each for each in (found.pure_width, found.pure_drop, found.fewer_groups) if each is not None]
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("Measuring shapes", total=min(len(references) + number, len(found.candidates)))
@@ -106,11 +108,12 @@ class _Check:
 
     def __init__(
         self, model: PreTrainedModel, stats: ExpertStats, search: Search, rows_NT: Tensor, batches: Sequence[Batch],
-        rebuild: bool, batch_size: int,
+        rebuild: bool, batch_size: int, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.model, self.stats, self.search = model, stats, search
         self.plan: CompressionPlan | None = None
         self.rows_NT, self.batches, self.rebuild, self.batch_size = rows_NT, batches, rebuild, batch_size
+        self.dtype = dtype
         self.original = self._loss(model)
 
     def _loss(self, model: PreTrainedModel) -> float:
@@ -122,7 +125,7 @@ class _Check:
         plain = self._loss(apply_plan(_sharing(self.model), plan)) - self.original
         reconstructed = None
         if self.rebuild:
-            sliced, plan = plan, _rebuilt(self.model, self.batches, plan)
+            sliced, plan = plan, reconstruct(self.model, self.batches, plan, dtype=self.dtype, progress=False)
             reconstructed = plain
             if plan is not sliced:
                 reconstructed = self._loss(apply_plan(_sharing(self.model), plan)) - self.original
@@ -140,11 +143,6 @@ class _Check:
             silent[expert] = 0
             experts.register_parameter(name, nn.Parameter(silent, requires_grad=False))
         return self._loss(model)
-
-
-def _rebuilt(model: PreTrainedModel, batches: Sequence[Batch], plan: CompressionPlan) -> CompressionPlan:
-    """A plan with its output projections solved anew; one that only drops experts as it is."""
-    return reconstruct(model, batches, plan, progress=False)
 
 
 def _sharing(model: M) -> M:

@@ -22,6 +22,7 @@ from slimmoe_hf.plan import CompressionPlan, Target
 from slimmoe_hf.scoring import rebuilt, remove_work, scored_model, scored_stream
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search
+from slimmoe_hf.sizing import own_dtype
 from slimmoe_hf.sources import open_source
 from slimmoe_hf.stats import ExpertStats
 
@@ -92,7 +93,8 @@ def _checked(args: argparse.Namespace) -> tuple[ExpertStats, Checked]:
     model, stats, given = scored_model(args)
     found, rebuild = _searched(args, stats), args.reconstruct is not False
     return stats, check_search(
-        model, stats, found, text.rows_NT, given, rebuild=rebuild, number=args.candidates, batch_size=args.batch_size
+        model, stats, found, text.rows_NT, given, rebuild=rebuild, number=args.candidates, batch_size=args.batch_size,
+        dtype=own_dtype(load_config(path)),
     )  # fmt: skip
 
 

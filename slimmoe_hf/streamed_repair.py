@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 from slimmoe_hf.calibration import seen_in
+from slimmoe_hf.families import family_of
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.reconstruction import RIDGE, check_repairable, cuts_outputs, repair_values, with_repairs
-from slimmoe_hf.repairs import Repairing
+from slimmoe_hf.reconstruction import REPAIRED, RIDGE, check_repairable, cuts_outputs, repair_values, with_repairs
+from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
+from slimmoe_hf.shards import read_header
 from slimmoe_hf.taps import Batch, Sweep
 from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
@@ -33,9 +36,10 @@ def stream_reconstruct(
     overwrite: bool = False,
     progress: bool = True,
 ) -> CompressionPlan:
-    """The plan that `reconstruct` gives, of a checkpoint of which one layer at a time is in memory.
+    """The plan that `reconstruct` gives, of a checkpoint of which one layer at a time is in memory, and of the repairs too.
 
-    Killed, the same call continues with the layer that it was at.
+    The repaired weights are in the checkpoint's own dtype, and lie in `work`, from where `CompressionPlan.save` and
+    `slim_checkpoint` read them one at a time. Killed, the same call continues with the layer that it was at.
 
     Args:
         path: Folder of the checkpoint.
@@ -43,8 +47,8 @@ def stream_reconstruct(
         plan: Made for it.
         ridge: As there.
         work: A folder for the inputs of two layers (tokens x model width) and the repairs; the caller takes it away when
-            the plan is safe.
-        dtype: What is computed in, and what the repaired weights are in.
+            the plan is saved, or has been cut to.
+        dtype: What is computed in; sums and solutions are float64.
         device: What is computed on.
         overwrite: Begin anew where `work` holds the work of another request.
         progress: Show a progress bar.
@@ -70,7 +74,8 @@ def stream_reconstruct(
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk = Walk(blocks, given, folder.path / "layers")
-        walk.require_room(2, "fewer --tokens", repair_values(plan) * blocks.dtype.itemsize)
+        dtypes = _stored_dtypes(blocks)
+        walk.require_room(2, "fewer --tokens", repair_values(plan) * max(dtype.itemsize for dtype in dtypes.values()))
         done = len(walk.have("repairs"))
         order = [*([] if done in walk.have("inputs") else [EMBEDDINGS]), *range(done, walk.layers)]
         visits = blocks.visit(order, fresh=order)
@@ -78,14 +83,42 @@ def stream_reconstruct(
             if part == EMBEDDINGS:
                 walk.forward(part)
             else:
-                _repair(walk, part, plan, ridge)
-        found = {layer: load_file(walk.file("repairs", layer)) for layer in range(walk.layers)}
-    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=seen.sha256)
-    return with_repairs(plan, found, repairing, fingerprint)
+                _repair(walk, part, plan, ridge, dtypes)
+        files = {layer: walk.file("repairs", layer) for layer in range(walk.layers)}
+    repairs = _filed(files)
+    repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=seen.sha256, sha256=repairs.sha256)
+    return with_repairs(plan, repairs, {n: _shares(file) for n, file in files.items()}, repairing, fingerprint)
+
+
+def _filed(files: Mapping[int, Path]) -> Repairs:
+    """What lies in a file for every layer."""
+    headers = {layer: read_header(file) for layer, file in files.items()}
+    places = {
+        f"{kind}.{layer}": (files[layer].parent, header[kind])
+        for layer, header in headers.items()
+        for kind in REPAIR_KINDS
+        if kind in header
+    }
+    return Repairs.filed(places, "repairs")
+
+
+def _shares(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in REPAIRED if name in opened.keys()}  # noqa: SIM118
+
+
+def _stored_dtypes(blocks: Blocks) -> dict[str, torch.dtype]:
+    """What the output projections are in on disk: of the experts of the first layer that has any, and of the attention."""
+    family, paths = family_of(blocks.config), [view.paths for view in blocks.views]
+    layer = next(view.paths for view in blocks.views if view.experts is not None)
+    return {
+        "down_proj": blocks.stored_dtype(f"{layer.feed_forward}.{family.disk.down.format(0)}"),
+        "o_proj": blocks.stored_dtype(f"{paths[0].attention}.{family.projections[-1]}.weight"),
+    }
 
 
 @torch.no_grad()
-def _repair(walk: Walk, part: int, plan: CompressionPlan, ridge: float) -> None:
+def _repair(walk: Walk, part: int, plan: CompressionPlan, ridge: float, dtypes: Mapping[str, torch.dtype]) -> None:
     """Pass all text through the layer in hand, and keep what is solved of it; its inputs go last, for one that is killed."""
     sweep = Sweep()
     layer = LayerRepair(walk.blocks.model, walk.blocks.views[part], plan, sweep)
@@ -98,5 +131,5 @@ def _repair(walk: Walk, part: int, plan: CompressionPlan, ridge: float) -> None:
     with layer.listening():
         walk.write("inputs", part + 1, passed)
     with replacing(walk.file("repairs", part), overwrite=True) as partial:
-        save_file(layer.solve(ridge), partial)
+        save_file(layer.solve(ridge, dtypes), partial)
     walk.file("inputs", part).unlink()

@@ -40,6 +40,7 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
     """
     check_fits(model, plan)
     plan.check()
+    plan.repairs.check_same(plan.meta.repairing)
     family, number = family_of(model.config), plan.meta.before.num_experts
     for view in layer_views(model):
         if view.index in plan.experts and view.experts is not None and view.router is not None:
@@ -80,7 +81,7 @@ def check_fits(model: PreTrainedModel, plan: CompressionPlan) -> None:
 
 def refuse_foreign_repairs(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Raise ValueError if the plan carries weights that were solved for those of another model."""
-    if plan.repairs.tensors() and plan.meta.fingerprint not in (None, model_fingerprint(model)):
+    if plan.repairs and plan.meta.fingerprint not in (None, model_fingerprint(model)):
         raise ValueError(
             "the plan carries output projections that were solved anew for a model with other weights. Reconstruct this one's."
         )

@@ -42,8 +42,8 @@ _PUBLISHED = (
     "config.json", "generation_config.json", ADAPTER_CONFIG, "tokenizer.json", "tokenizer_config.json", "vocab.*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken", "*.jinja",
     "additional_chat_templates/*.jinja", CARD, "LICENSE*", "NOTICE*", "recipe.yaml", "report.json",
-    "plan/plan.json", "plan/plan.safetensors", "plans/*/plan.json", "plans/*/plan.safetensors", "images/*.png",
-    ".eval_results/*.yaml",
+    "plan/plan.json", "plan/plan.safetensors", "plan/repairs.safetensors", "plans/*/plan.json", "plans/*/plan.safetensors",
+    "images/*.png", ".eval_results/*.yaml",
 )  # fmt: skip
 # What a Trainer that pushed before may have left there, and no model needs: older shards, and pickles.
 _STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.pkl")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_checkpoint import LAYOUTS, same_tensors, saved
 from test_merged_forms import model_of
 from test_merging import PAIRS, copies, scored
@@ -19,19 +19,24 @@ from tiny import EXPERT_WIDTH, NUM_EXPERTS, families, tiny_batch, tiny_model, ti
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
+from slimmoe_hf import layer_repair
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.families import FAMILIES, SWITCH, family_of, layer_views, moe_layers
+from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merged_forms import duplicate_merged, share_merged, unshare
 from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.repairs import FILE
+from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.student_training import save_checkpoint
 from slimmoe_hf.surgery import apply_plan
 
 BATCHES = [tiny_batch(rows=6, length=40, seed=seed) for seed in (1, 2)]
 RIDGE = 0.05
+REAL_ROUNDED = layer_repair._rounded
 NARROWED, GROUPED = families(lambda row: row.no_width), families(lambda row: row.no_groups)
 
 
@@ -42,6 +47,12 @@ def given(model):
 
 def solved(model, plan, batches=None, ridge=RIDGE):
     return reconstruct(model, given(model) if batches is None else batches, plan, ridge, progress=False)
+
+
+def weights(plan):
+    """What a plan writes instead of slices, wherever it is, by the names in its file."""
+    kinds = {"down_proj": plan.repairs.down_proj, "o_proj": plan.repairs.o_proj}
+    return {f"{kind}.{layer}": weight for kind, found in kinds.items() for layer, weight in found.items()}
 
 
 @torch.no_grad()
@@ -174,7 +185,7 @@ def test_nothing_dropped_is_nothing_changed(family):
         {} if FAMILIES[family].no_groups else {v.index: torch.arange(shape.kv_groups) for v in layer_views(model)},
     )
     repaired = solved(model, whole)
-    assert repaired.repairs.tensors()
+    assert repaired.repairs
     for view in layer_views(model):
         if view.experts is not None:
             assert torch.equal(repaired.repairs.down_proj[view.index], view.experts.down_proj)
@@ -258,9 +269,10 @@ def test_the_repair_does_not_depend_on_how_text_is_cut_into_batches(family):
         {name: value[row : row + 1, :length] for name, value in batch.items()} for row, length in enumerate(lengths)
     ]
     whole, apart = solved(model, plan, [batch]), solved(model, plan, rows)
-    assert whole.meta.repairing == apart.meta.repairing and whole.meta.repairing.tokens == sum(lengths)
-    for name, weight in whole.repairs.tensors().items():
-        other = apart.repairs.tensors()[name]
+    said = [plan.meta.repairing.model_dump(exclude={"sha256"}) for plan in (whole, apart)]
+    assert said[0] == said[1] and said[0]["tokens"] == sum(lengths)
+    for name, weight in weights(whole).items():
+        other = weights(apart)[name]
         assert (weight - other).norm() <= 1e-6 * weight.norm(), name
 
 
@@ -365,16 +377,64 @@ def test_a_plan_says_that_it_is_repaired_and_refuses_weights_that_do_not_fit(tmp
     assert "reconstructed" in compare_plans(plan, repaired)
     for broken, what in (
         ({"down_proj.0": repaired.repairs.down_proj[0][:, :, :8].contiguous()}, "down_proj.0"),
-        ({"o_proj.1": repaired.repairs.o_proj[1] * float("nan")}, "not finite"),
         ({"o_proj.1": None}, "o_proj.1"),
-        ({"down_proj.7": repaired.repairs.down_proj[0]}, "down_proj.7"),
+        ({"down_proj.7": repaired.repairs.down_proj[0].clone()}, "down_proj.7"),
+        ({"up_proj.0": repaired.repairs.down_proj[0].clone()}, "unknown tensor up_proj.0"),
     ):
         repaired.save(tmp_path / "plan")
-        tensors = load_file(tmp_path / "plan" / "plan.safetensors")
-        tensors = {name: tensor for name, tensor in (tensors | broken).items() if tensor is not None}
-        save_file(tensors, tmp_path / "plan" / "plan.safetensors")
+        tensors = {name: tensor for name, tensor in (weights(repaired) | broken).items() if tensor is not None}
+        save_file(tensors, tmp_path / "plan" / FILE)
         with pytest.raises(ValueError, match=what):
             CompressionPlan.load(tmp_path / "plan")
+
+
+def _cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        pytest.param(Path.unlink, "missing or damaged", id="missing"),
+        pytest.param(_cut_short, "missing or damaged", id="cut short"),
+        pytest.param(_flip, "not those that were solved", id="one bit"),
+    ],
+)
+def test_damaged_repairs_are_found_before_anything_is_cut(damage, what, tmp_path: Path):
+    model = tiny_model("phimoe")
+    solved(model, random_plan(model, whole_target("phimoe"))).save(tmp_path / "plan")
+    damage(tmp_path / "plan" / FILE)
+    source, before = saved(tmp_path / "source", model), model_sha256(model)
+    for cut_to in (lambda plan: apply_plan(model, plan), lambda plan: slim_checkpoint(source, plan, tmp_path / "out")):
+        with pytest.raises(ValueError, match=what):
+            cut_to(CompressionPlan.load(tmp_path / "plan"))
+    assert model_sha256(model) == before and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_what_is_solved_is_rounded_once_to_what_the_checkpoint_is_in(streamed, tmp_path: Path, monkeypatch):
+    """Its float64 solutions are those of the model in float32; half the file, and the cut writes them as they are."""
+    source = saved(tmp_path / "source", tiny_model("phimoe").to(torch.bfloat16))
+    model, exact = load_model(source), []
+    plan = random_plan(model, whole_target("phimoe"))
+    monkeypatch.setattr(layer_repair, "_rounded", lambda *args: exact.append(args[:2]) or REAL_ROUNDED(*args))
+    if streamed:
+        found = stream_reconstruct(source, BATCHES, plan, work=tmp_path / "work", progress=False)
+    else:
+        found = reconstruct(model, BATCHES, plan, dtype=torch.bfloat16, progress=False)
+    expected = [(plain.double() + added).bfloat16() for plain, added in exact]
+    got = [each for n in range(2) for each in (*found.repairs.down_proj[n], found.repairs.o_proj[n])]
+    assert len(got) == len(expected) and all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert found.repairs.bytes * 2 == solved(model, plan).repairs.bytes
+    slim_checkpoint(source, found, tmp_path / "slimmed")
+    for layer, experts, _ in moe_layers(load_model(tmp_path / "slimmed", "bfloat16")):
+        assert torch.equal(experts.down_proj, found.repairs.down_proj[layer])
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
@@ -404,6 +464,6 @@ def test_a_gpu_solves_what_a_cpu_does(family):
     plan = random_plan(model, whole_target(family))
     expected = solved(model, plan)
     found = solved(model.cuda(), plan)
-    for name, weight in found.repairs.tensors().items():
+    for name, weight in weights(found).items():
         assert weight.device.type == "cpu"
-        near(weight, expected.repairs.tensors()[name].double(), 1e-4)
+        near(weight, weights(expected)[name].double(), 1e-4)

@@ -12,6 +12,7 @@ from test_plan import fake_stats
 from tiny import save_tiny, tiny_batch, tiny_tokenizer
 from transformers import PreTrainedConfig
 
+from slimmoe_hf import checkpoint
 from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.loading import load_config, load_model
 from slimmoe_hf.memory import Memory, meta_model
@@ -61,9 +62,9 @@ def repair_streamed(model: Path, work: Path) -> None:
     stream_reconstruct(model, given, plan_of(model), work=work / "reconstructing", progress=False)
 
 
-def repairing(config: PreTrainedConfig, **stored: torch.dtype) -> Memory:
+def repairing(config: PreTrainedConfig, streamed: bool) -> Memory:
     after = slimmed_config(config, Target(expert_width=1024, kv_groups=1))
-    return reconstruction_memory(config, after, tokens=512, **SIZE, **stored)
+    return reconstruction_memory(config, after, tokens=512, streamed=streamed, **STORED)
 
 
 def _measured(way: Callable[[Path, Path], None], model: Path, work: Path) -> None:
@@ -79,8 +80,8 @@ def _measured(way: Callable[[Path, Path], None], model: Path, work: Path) -> Non
     [
         (score, lambda config: streamed_scoring_memory(config, **STORED)),
         (answer, lambda config: streamed_answers_memory(config, device=None, **STORED)),
-        (repair_streamed, lambda config: repairing(config, stored=torch.float32)),
-        (repair, repairing),
+        (repair_streamed, lambda config: repairing(config, streamed=True)),
+        (repair, lambda config: repairing(config, streamed=False)),
     ],
     ids=["scores", "answers", "repairs", "repairs in memory"],
 )
@@ -94,6 +95,26 @@ def test_a_streamed_model_takes_what_is_said(
     assert 0.75 < (said.total + said.host) / found < 1.35
     if way in (score, answer):
         assert said.total + said.host < 0.75 * scoring_memory(load_config(model), **SIZE).total
+
+
+def _repair_and_cut(model: Path, work: Path) -> None:
+    checkpoint._AHEAD = 1 << 20  # a model of this size would be read ahead whole
+    given = [tiny_batch(2, 16)] * 2
+    plan = make_plan(fake_stats(meta_model(load_config(model))), Target(expert_width=120))
+    stream_reconstruct(model, given, plan, work=work / "reconstructing", progress=False).save(work / "plan")
+    read = CompressionPlan.load(work / "plan")
+    checkpoint.slim_checkpoint(model, read, work / "slimmed")
+
+
+@pytest.mark.slow  # 250 MB are written and read a few times
+def test_repairs_are_never_held_whole(tmp_path: Path):
+    """Solved, saved, read and cut to: less memory at any time than the repaired weights alone take."""
+    sizes = {"num_hidden_layers": 32, "hidden_size": 256, "intermediate_size": 128, "num_local_experts": 16}
+    model, work = save_tiny(tmp_path / "model", **sizes), tmp_path / "work"
+    assert in_child(_measured, _repair_and_cut, model, work) == 0
+    repairs = CompressionPlan.load(work / "plan").repairs.bytes
+    assert repairs == 32 * 16 * 256 * 120 * 4
+    assert int((work / "peak").read_text()) < repairs
 
 
 def test_a_streamed_sweep_does_not_depend_on_the_number_of_layers(tmp_path: Path):
