@@ -157,11 +157,13 @@ class _Outlook:
         solutions = kept.num_experts * width**2 * (width / 3 + 2 * hidden)
         # The text passes once, its experts are run once more, and float64 is half as fast.
         operations = 4 * _active(config) * calibration.tokens + 2 * before.layers * (sums + solutions)
-        carried = before.layers * kept.num_experts * width * hidden * self.dtype.itemsize
+        attention = kept.query_heads * kept.head_width if kept.query_heads < before.query_heads else 0
+        carried = before.layers * (kept.num_experts * width + attention) * hidden * self.dtype.itemsize
         what = f"output projections solved anew on {calibration.tokens:,} tokens"
         reading, passing = 0.0, 0
         if calibration.stream:
-            reading = parameter_counts(config).bytes(self.dtype) / _READ
+            # What is solved is hashed, then copied from the work to the plan.
+            reading = (parameter_counts(config).bytes(self.dtype) + 2 * carried) / _READ + 2 * carried / _WRITE
             passing = 2 * calibration.tokens * hidden * dtype.itemsize + carried
             what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
         device_bytes, host_bytes = self._held(memory, on_host)

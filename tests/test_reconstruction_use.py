@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ import rich
 import torch
 from recipes import tiny_recipe, write_recipe
 from runs import in_child, in_two_processes
+from streams import count_reads, packed, stopping, text
 from test_callbacks import callback, plain_trainer, tokens
 from test_reconstruction import weights
-from test_streaming import packed, stopping, text
 from test_surgery import random_plan, whole_target
-from tiny import decoder_only, save_tiny, tiny_model, write_text
+from tiny import decoder_only, save_tiny, tiny_model, tiny_tokenizer, write_text
 from torch import Tensor
 
 from slimmoe_hf import cli, commands, streamed_repair
@@ -29,9 +30,9 @@ from slimmoe_hf.evaluation import held_out, measure_loss
 from slimmoe_hf.families import layer_views, moe_layers
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.loading import load_model, load_tokenizer, weights_sha256
-from slimmoe_hf.pipeline import run_recipe
+from slimmoe_hf.pipeline import _Pipeline, run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
-from slimmoe_hf.recipe import parse_any_recipe, reconstructing
+from slimmoe_hf.recipe import Calibration, parse_any_recipe, parse_recipe, reconstructing
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.surgery import apply_plan
@@ -106,6 +107,24 @@ def test_stopped_anywhere_a_streamed_repair_continues_there(stopped: int, tmp_pa
         stream_reconstruct(path, text(), plan, 0.1, work=tmp_path / "work", progress=False)
     continued = stream_reconstruct(path, text(), plan, work=tmp_path / "work", progress=False)
     assert read == READS[stopped] and continued.sha256 == whole.sha256 and continued.meta == whole.meta
+
+
+def test_what_a_run_began_to_reconstruct_for_another_request_begins_anew(tmp_path: Path, monkeypatch):
+    """Stopped after the first layer; then its model is another file of the same weights, as when it is fetched again."""
+    path, rows, asked = save_tiny(tmp_path / "model"), tokens(0, 4), Calibration(stream=True, batch_size=2)
+    plan = whole_plan(load_model(path))
+    inputs: Any = SimpleNamespace(calibration=rows, tokenizer=tiny_tokenizer())
+    run: Any = SimpleNamespace(step=None, path=tmp_path, seconds=None)
+    line: Any = _Pipeline(parse_recipe(tiny_recipe(tmp_path), "r"), inputs, run, None)
+    expected = stream_reconstruct(path, batches(rows, 2, 1), plan, work=tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, 3)
+        line._reconstruct(path, plan, asked, tmp_path / "work")
+    assert len(list((tmp_path / "work" / "layers").glob("repairs-*"))) == 1
+    os.utime(path / "model.safetensors", (1, 1))
+    read = count_reads(monkeypatch)
+    found = line._reconstruct(path, plan, asked, tmp_path / "work")
+    assert read == [EMBEDDINGS, 0, 1] and found.sha256 == expected.sha256
 
 
 def test_the_callback_repairs_as_the_function_does_and_its_plan_is_resumed(tmp_path: Path, monkeypatch):

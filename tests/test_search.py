@@ -9,14 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from test_plan import fake_stats
-from tiny import EXPERT_WIDTH, KV_GROUPS, NUM_EXPERTS, families, save_tiny, tiny_batch, tiny_model, write_text
+from tiny import (
+    EXPERT_WIDTH,
+    KV_GROUPS,
+    NUM_EXPERTS,
+    documents,
+    families,
+    save_tiny,
+    tiny_batch,
+    tiny_model,
+    tiny_tokenizer,
+    write_text,
+)
 from transformers import AutoConfig
 
-from slimmoe_hf import cli
+from slimmoe_hf import cli, search_command
 from slimmoe_hf.budget import Sizes, parse_budget
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import choose, expert_ranking, output_fisher, ranking
+from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import moe_layers
 from slimmoe_hf.plan import CompressionPlan, Target
 from slimmoe_hf.predicted_loss import POWER, Losses, Lost, Weights, fitted, wanted_widths
@@ -240,6 +253,25 @@ def test_streamed_statistics_are_reconstructed_too_and_those_alone_are_not(tmp_p
     assert "of statistics alone nothing is measured or reconstructed" in capsys.readouterr().err
     assert cli.main(alone) == 0
     assert CompressionPlan.load(tmp_path / "other").meta.repairing is None
+
+
+def test_what_a_search_is_checked_on_is_neither_calibrated_on_nor_tested_on(tmp_path: Path):
+    """Validation text that is in the train or the test split too is left out; where nothing is left, that is said."""
+    texts = documents()
+    splits = {"train": texts[:2], "validation": [texts[0], *texts[5:8], texts[9]], "test": texts[9:11]}
+
+    def validation(**changed: list[str]) -> HeldOut:
+        rows = {name: Dataset.from_dict({"text": text}) for name, text in (splits | changed).items()}
+        folder = tmp_path / f"data-{len(changed)}"
+        DatasetDict(rows).save_to_disk(folder)
+        command = ["plan", "MODEL", "--budget", "0.8x", "--data", str(folder), "--max-length", "32", "--output", "o"]
+        return search_command._validation(cli.parse(command), model)
+
+    model = save_tiny(tmp_path / "model")
+    alone = held_out(Dataset.from_dict({"text": texts[5:8]}), tiny_tokenizer(), 32)
+    assert torch.equal(validation().rows_NT, alone.rows_NT)
+    with pytest.raises(ValueError, match="every document of the validation split is in train or test too"):
+        validation(validation=texts[9:11])
 
 
 @pytest.mark.parametrize(
