@@ -14,6 +14,7 @@ from torch import Tensor
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 from slimmoe_hf.calibration import seen_in
+from slimmoe_hf.disk import published_name
 from slimmoe_hf.families import family_of
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
@@ -108,13 +109,15 @@ def _shares(file: Path) -> dict[str, Tensor]:
 
 
 def _stored_dtypes(blocks: Blocks) -> dict[str, torch.dtype]:
-    """What the output projections are in on disk: of the experts of the first layer that has any, and of the attention."""
-    family, paths = family_of(blocks.config), [view.paths for view in blocks.views]
-    layer = next(view.paths for view in blocks.views if view.experts is not None)
-    return {
-        "down_proj": blocks.stored_dtype(f"{layer.feed_forward}.{family.disk.down.format(0)}"),
-        "o_proj": blocks.stored_dtype(f"{paths[0].attention}.{family.projections[-1]}.weight"),
-    }
+    """What the output projections are in on disk: of the experts and of the attention of the first layer that has any."""
+    family = family_of(blocks.config)
+    experts = next(view.paths for view in blocks.views if view.experts is not None)
+    found = {"down_proj": blocks.stored_dtype(f"{experts.disk}.{family.disk.down.format(0)}")}
+    attention = next((view.paths.attention for view in blocks.views if view.attention is not None), None)
+    if attention is not None and family.projections:
+        name = published_name(family, f"{attention}.{family.projections[-1]}.weight")
+        found["o_proj"] = blocks.stored_dtype(name)
+    return found
 
 
 @torch.no_grad()
