@@ -163,12 +163,19 @@ def list_cuts(
     for name in zeros:
         assert name.endswith(".bias") and needs_biases(config), name
     cuts += [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
-    return _fused(config, cuts) if family.disk.fused else cuts
+    return as_published(config_from(values), cuts)
 
 
-def _fused(config: PreTrainedConfig, cuts: Sequence[Cut]) -> list[Cut]:
-    """The same with one weight of all experts of a layer in the place of each expert's."""
+def as_published(config: PreTrainedConfig, cuts: Sequence[Cut]) -> list[Cut]:
+    """The same, with one weight of all experts of a layer in the place of each expert's where the family is published so.
+
+    Args:
+        config: Of the new weights.
+        cuts: Of each expert apart.
+    """
     family, experts = family_of(config), range(shape_of(config).num_experts)
+    if not family.disk.fused:
+        return list(cuts)
     names = [
         (at.disk, piece.name, expert) for at in family.paths(config) for piece in family.pieces for expert in experts
     ]

@@ -6,23 +6,21 @@ transformers before 5 knows too.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
 from slimmoe_hf.checkpoint import SHARD_BYTES, carry
-from slimmoe_hf.cuts import Cut, name_shards, write_index
+from slimmoe_hf.cuts import Cut, as_published, name_shards, write_index
 from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate
 from slimmoe_hf.engine_rules import BEGINNING, TOKENIZER
+from slimmoe_hf.families import config_from
 from slimmoe_hf.loading import load_config, weight_files
 from slimmoe_hf.serving import serving_config
-from slimmoe_hf.shards import DTYPES, Buffer, ShardWriter, all_finite, read_header
+from slimmoe_hf.shards import Buffer, ShardWriter, all_finite, read_header
 
 _SPELLED = (
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
@@ -108,14 +106,12 @@ def _edges(folder: Path, values: dict[str, Any]) -> dict[str, bool]:
 
 def _cuts(parts: dict[str, Part], values: dict[str, Any]) -> list[Cut]:
     """Every weight as it is, and zeros for the biases that the new config promises."""
-    wanted = expected_shapes(AutoConfig.for_model(**copy.deepcopy(values)))
-    cuts = []
-    for name, part in parts.items():
-        dtype = torch.bfloat16 if part.scale is not None else DTYPES[part.stored.dtype]
-        cuts.append(Cut(name, part.shape, dtype, part))
+    config = config_from(values)
+    wanted = expected_shapes(config)
+    cuts = [Cut(name, part.shape, part.dtype, part) for name, part in parts.items()]
     zeros = sorted(wanted.keys() - parts.keys())
     assert all(name.endswith(".bias") for name in zeros), zeros
-    return cuts + [Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros]
+    return as_published(config, [*cuts, *(Cut(name, wanted[name], cuts[0].dtype, None) for name in zeros)])
 
 
 def _write_weights(source: Path, destination: Path, cuts: Sequence[Cut]) -> None:

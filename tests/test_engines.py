@@ -15,11 +15,13 @@ import pytest
 import torch
 from engine_variants import IDS, ORDER, VARIANTS, effects, save_expected, save_variant
 from safetensors.torch import load_file
+from test_conformance import every_family_and_layout, model_and_stats, saved
 from tiny import save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimmoe_hf import cli, commands, parsers_export
+from slimmoe_hf.disk import auto_class
 from slimmoe_hf.engine_form import write_engine_form
 from slimmoe_hf.engine_report import assess, engine_section
 from slimmoe_hf.engines import ENGINES
@@ -105,6 +107,17 @@ def test_an_export_of_fused_experts_is_the_same_function_and_leaves_its_source_a
     assert (
         AutoTokenizer.from_pretrained(output)(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
     )
+
+
+@every_family_and_layout
+@torch.no_grad()
+def test_an_export_of_any_family_is_what_plain_transformers_wants(family: str, tmp_path: Path):
+    model = model_and_stats(family)[0]
+    write_engine_form(saved(tmp_path / "source", model), tmp_path / "exported")
+    kwargs: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
+    reloaded, info = auto_class(model.config).from_pretrained(tmp_path / "exported", **kwargs)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(reloaded.eval()(**tiny_batch()).logits, model(**tiny_batch()).logits)
 
 
 @pytest.mark.parametrize("begins", [True, False])
