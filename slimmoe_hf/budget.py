@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from decimal import Decimal, InvalidOperation
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import ValidationInfo, field_validator, model_validator
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.families import family_of, shape_of
@@ -53,6 +54,55 @@ def parse_budget(given: int | str, whole: int, name: str) -> int:
         return int(share * whole)
     value, unit = parse_size(text, name)
     return int(value) + min(math.ceil(unit / 2) - 1, int(value) // 100)
+
+
+class StageTarget(Target):
+    """What a stage cuts to: sizes, or budgets within which its own statistics find the sizes.
+
+    Attributes:
+        budget: Most parameters, as `slimmoe plan --budget` takes them: `7.6B`, `500M`, a number, or `0.4x` of what the model
+            has that the stage starts from.
+        active_budget: The same of those that a token meets.
+    """
+
+    budget: str | None = None
+    active_budget: str | None = None
+
+    @field_validator("budget", "active_budget", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str):
+            parse_budget(value, 10**12, str(info.field_name))
+        return value
+
+    @model_validator(mode="after")
+    def _sizes_or_budgets(self) -> StageTarget:
+        if self.searched and self.sizes != Target():
+            raise ValueError(f"a budget finds the sizes itself; leave {self.sizes} out")
+        return self
+
+    @property
+    def searched(self) -> bool:
+        """Whether the sizes are to be found."""
+        return self.budget is not None or self.active_budget is not None
+
+    @property
+    def sizes(self) -> Target:
+        """Those that are named."""
+        return Target(**{name: vars(self)[name] for name in Target.model_fields})
+
+    @property
+    def asks(self) -> dict[str, bool]:
+        """As `Target.asks`; a search needs both."""
+        return {"neurons": True, "experts": True} if self.searched else super().asks
+
+    def __str__(self) -> str:
+        if not self.searched:
+            return str(self.sizes)
+        most = ((self.budget, "parameters"), (self.active_budget, "active parameters"))
+        return "at most " + " and ".join(f"{budget} {what}" for budget, what in most if budget is not None)
 
 
 class Sizes:
@@ -104,6 +154,22 @@ class Sizes:
                 sizes = [self.of(experts, width, groups)[place] for width in self.widths]
                 found = min(found, bisect_right(sizes, limit))
         return self.widths[found - 1] if found else None
+
+    def nearest(self, limits: Limits) -> Target:
+        """The largest shape within limits, of those with most experts and groups; `Sizes.limits` knows that there is one.
+
+        Args:
+            limits: Most parameters.
+        """
+        shapes = [
+            (width is not None, experts, groups, width)
+            for experts in self.experts
+            for groups in self.groups
+            for width in [self.widest(experts, groups, limits)]
+        ]
+        fits, experts, groups, width = max(shapes, key=lambda shape: shape[:3])
+        assert fits
+        return Target(num_experts=experts, expert_width=width, kv_groups=groups)
 
     def limits(self, budget: int | str | None, active_budget: int | str | None) -> Limits:
         """The most parameters that budgets allow.

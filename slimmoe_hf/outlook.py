@@ -31,7 +31,9 @@ from slimmoe_hf.scoring_memory import (
     streamed_answers_memory,
     streamed_scoring_memory,
 )
+from slimmoe_hf.search_check import MEASURED
 from slimmoe_hf.sizing import Counts, parameter_counts
+from slimmoe_hf.stage_search import CHECK_TOKENS, limits_of
 from slimmoe_hf.steps import TEACHER, Step
 from slimmoe_hf.streamed_answers import GROUP_SHARE, group_tokens
 
@@ -88,7 +90,9 @@ class _Outlook:
         for number, (stage, after) in enumerate(zip(self.recipe.stages, outline.after, strict=True), 1):
             arguments = outline.arguments[number - 1]
             found.append(self._score(number, stage, config))
-            if stage.calibration.reconstruct and stage.target.asks["neurons"]:
+            if stage.target.searched:
+                found.append(self._search(number, stage, config, after))
+            elif stage.calibration.reconstruct and stage.target.asks["neurons"]:
                 found.append(self._reconstruct(number, stage, config, after))
             found.append(self._slim(number, stage, config, after))
             found.append(self._evaluate(f"stage-{number}/slimmed/evaluate", after))
@@ -170,10 +174,41 @@ class _Outlook:
         seconds, key = self._seconds(operations, on_host) + reading, f"stages.{number - 1}.calibration"
         return Step(f"stage-{number}/plan", what, device_bytes, host_bytes, carried, seconds, key, passing)
 
+    def _search(self, number: int, stage: Stage, config: PreTrainedConfig, after: PreTrainedConfig) -> Step:
+        """A plan whose shape is measured: the model, what a cut puts in its place, and logits are in memory together."""
+        calibration, length = stage.calibration, self.recipe.data.max_length
+        name, key, disk = f"stage-{number}/plan", f"stages.{number - 1}.calibration", 0
+        solving = self._reconstruct(number, stage, config, after) if calibration.reconstruct else None
+        if calibration.stream:
+            what = "shape chosen by prediction, none is measured"
+            return replace(solving, what=f"{what}; {solving.what}") if solving else Step(name, what, 0, 0, 0, 0, key)
+        dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
+        tokens = min(CHECK_TOKENS, self.recipe.data.validation_tokens or CHECK_TOKENS)
+        memory = inference_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
+        logits = (calibration.batch_size * dtype.itemsize + 4) * length * config.vocab_size
+        cut = parameter_counts(after).bytes(dtype)
+        memory = memory.model_copy(update={"parts": memory.parts | {"logits": logits, "cut": cut}})
+        device_bytes, host_bytes = self._held(memory, on_host)
+        seconds = self._seconds(2 * _active(config) * tokens, on_host)
+        what = f"at most {MEASURED} shapes within the budget measured on {tokens:,} validation tokens"
+        if solving is not None:
+            seconds, disk = 2 * seconds + solving.seconds, solving.disk
+            device_bytes, host_bytes = max(device_bytes, solving.memory), max(host_bytes, solving.host)
+            what += f", output projections solved anew on {calibration.tokens:,} tokens"
+        return Step(name, what, device_bytes, host_bytes, disk, MEASURED * seconds, key)
+
     def _slim(self, number: int, stage: Stage, before: PreTrainedConfig, after: PreTrainedConfig) -> Step:
         read, written = parameter_counts(before).bytes(self.dtype), parameter_counts(after)
         size = written.bytes(self.dtype)
         what = f"{stage.target}: {written.total:,} parameters, {written.active:,} active"
+        if stage.target.searched:
+            most = zip(limits_of(before, stage.target), ("parameters", "active ones"), strict=True)
+            said = " and ".join(f"{limit:,} {name}" for limit, name in most if limit is not None)
+            kept = shape_of(after)
+            what = (
+                f"shape chosen at run time, at most {said}; what is said from here on is of {kept.num_experts} experts of width "
+                f"{kept.expert_width}"
+            )
         return Step(f"stage-{number}/slim", what, 0, 10**9, size, max(read / _READ, 0) + size / _WRITE)
 
     def _evaluate(self, name: str, config: PreTrainedConfig) -> Step:

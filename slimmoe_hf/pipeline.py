@@ -52,9 +52,11 @@ from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
+from slimmoe_hf.search_check import save_searched
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.sizing import own_dtype
+from slimmoe_hf.stage_search import check_rows, found_by_measuring, found_by_prediction
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.steps import check_room, shown_steps
 from slimmoe_hf.streamed_evaluation import stream_measurement
@@ -207,11 +209,30 @@ class _Pipeline:
 
     def _plan(self, source: Path, folder: Path, stage: Stage) -> Result:
         stats = ExpertStats.load(folder / "stats.safetensors")
-        plan = make_plan(stats, stage.target, stage.criterion, self.recipe.seed, stage.expert_criterion)
+        if stage.target.searched:
+            return self._search(source, folder, stage, stats)
+        plan = make_plan(stats, stage.target.sizes, stage.criterion, self.recipe.seed, stage.expert_criterion)
         if stage.calibration.reconstruct:
             plan = self._reconstruct(source, plan, stage.calibration, folder / _REPAIRING)
         plan.save(folder / "plan")
         return {"plan_sha256": plan.sha256}
+
+    def _search(self, source: Path, folder: Path, stage: Stage, stats: ExpertStats) -> Result:
+        """The plan of the best shape within a budget: by prediction where the model streams, else as measured."""
+        seed, calibration = self.recipe.seed, stage.calibration
+        if calibration.stream:
+            found = found_by_prediction(stage, stats, seed)
+            plan = found.plan(stats)
+            if calibration.reconstruct:
+                plan = self._reconstruct(source, plan, calibration, folder / _REPAIRING)
+        else:
+            given, where = self._calibration(calibration)
+            rows_NT = check_rows(self.inputs.validation, self.recipe.data.max_length)
+            found, plan = found_by_measuring(stage, stats, seed, source, given, rows_NT, where)
+        save_searched(found, plan, folder / "plan", overwrite=True)
+        shape = found.name(found.best)
+        get_console().log(f"{folder.name}: {stage.target}: {shape} of {len(found.candidates)} shapes", markup=False)
+        return {"plan_sha256": plan.sha256, "found": shape}
 
     def _reconstruct(
         self, source: Path, plan: CompressionPlan, calibration: Calibration, work: Path

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from slimmoe_hf.arguments import DistillationConfig
+from slimmoe_hf.budget import StageTarget
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
 from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
@@ -27,11 +28,11 @@ from slimmoe_hf.loading import (
     verify_checkpoint,
     weights_sha256,
 )
-from slimmoe_hf.plan import Target
 from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
 from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.sources import arrived, fetch_weights, has_weights, open_source
+from slimmoe_hf.stage_search import supposed
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.terms import Terms
 
@@ -176,8 +177,10 @@ def check(recipe: Recipe, found: Outline, text: Text) -> Inputs:
     )
 
 
-def check_targets(config: PreTrainedConfig, targets: list[Target]) -> list[PreTrainedConfig]:
+def check_targets(config: PreTrainedConfig, targets: list[StageTarget]) -> list[PreTrainedConfig]:
     """The configs after every stage, each target held against the model that the stage before leaves.
+
+    Of a budget it is `stage_search.supposed`, and so are those of later stages, which can only be budgets too.
 
     Raises:
         ValueError: A dense or unknown model, or a target that its stage's model cannot take.
@@ -187,7 +190,12 @@ def check_targets(config: PreTrainedConfig, targets: list[Target]) -> list[PreTr
     configs = []
     for number, target in enumerate(targets):
         try:
-            config = slimmed_config(config, target)
+            if number and targets[number - 1].searched and not target.searched:
+                raise ValueError(
+                    "nobody knows yet whether these sizes fit the shape that a budget finds. Give this stage a budget too, or "
+                    "sizes to the one before"
+                )
+            config = supposed(config, target) if target.searched else slimmed_config(config, target.sizes)
         except ValueError as error:
             before = f" (after stage {number})" if number else ""
             raise ValueError(f"stages.{number}.target: {str(error).rstrip()}{before}") from error

@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from slimmoe_hf.budget import StageTarget
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
 from slimmoe_hf.defaults import RECONSTRUCT
 from slimmoe_hf.free_memory import memory_bytes
-from slimmoe_hf.plan import Target
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe, Seq2SeqStage
 from slimmoe_hf.yaml_files import read_yaml
@@ -96,7 +96,7 @@ class Stage(Strict):
     """One stage: score the current student, cut it to `target`, distil it from the original model.
 
     Attributes:
-        target: The shape after the cut.
+        target: The shape after the cut, or a budget for it.
         criterion: Which scores decide; see `slimmoe_hf.criteria.CRITERIA`.
         expert_criterion: Which decide on whole experts; see `EXPERT_CRITERIA` there. None is `criterion`.
         calibration: How they are taken.
@@ -106,7 +106,7 @@ class Stage(Strict):
             precision trains in float32 shares whatever this says.
     """
 
-    target: Target
+    target: StageTarget
     criterion: str = "taylor"
     expert_criterion: str | None = None
     calibration: Calibration = Calibration()

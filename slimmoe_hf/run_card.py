@@ -261,8 +261,10 @@ def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: lis
     trained = [int(entry["num_tokens"]) for entry in history if "num_tokens" in entry]
     divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
     each = " per process" if facts.recipe.accelerate else ""
+    within = {"sizes found within": str(stage.target) if stage.target.searched else "-"}
     return {
         **size_rows(plan, any(each.experts for each in facts.plans)),
+        **(within if any(each.target.searched for each in facts.recipe.stages) else {}),
         "scored by": f"`{stage.criterion}` on {calibration.tokens:,} tokens, loss `{calibration.loss}`",
         "score that stayed": f"{mean(kept):.0%}" if kept else "all",
         "optimizer steps": f"{history[-1]['step']:,}" if history else str(said["max_steps"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimmoe_hf.atomic import replacing
 from slimmoe_hf.evaluation import measure_loss
 from slimmoe_hf.families import family_of, moe_layers, refuse_encoder_decoder
 from slimmoe_hf.identity import model_fingerprint
@@ -24,6 +26,10 @@ from slimmoe_hf.surgery import apply_plan
 from slimmoe_hf.taps import Batch
 
 M = TypeVar("M", bound=PreTrainedModel)
+BEST = 5
+"""How many shapes are measured beside the references, unless told otherwise."""
+MEASURED = BEST + 3
+"""How many shapes are measured at most then."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def check_search(
     batches: Iterable[Batch] = (),
     *,
     rebuild: bool = True,
-    number: int = 5,
+    number: int = BEST,
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -101,6 +107,26 @@ def check_search(
     }
     search = check.search.model_copy(update={"original": check.original})
     return Checked(finished(search, stats), check.plan, without)
+
+
+def save_searched(found: Search, plan: CompressionPlan, output: Path, overwrite: bool) -> None:
+    """Write a plan's folder, as `CompressionPlan.save` makes it, with the search that led to the plan beside it.
+
+    Args:
+        found: The search.
+        plan: Of its best shape.
+        output: The folder.
+        overwrite: Replace what is there.
+    """
+    from slimmoe_hf.plots import png  # matplotlib takes long to import
+    from slimmoe_hf.plots.frontier import picture_of
+
+    picture = picture_of(found)
+    with replacing(output, overwrite) as partial:
+        plan.save(partial)
+        (partial / "search.json").write_text(found.model_dump_json(indent=2) + "\n")
+        (partial / "frontier.json").write_text(picture.model_dump_json() + "\n", encoding="utf-8")
+        (partial / "frontier.png").write_bytes(png(picture))
 
 
 class _Check:

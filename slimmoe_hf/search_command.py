@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from slimmoe_hf.atomic import replacing
 from slimmoe_hf.budget import Sizes
 from slimmoe_hf.command_inputs import output_path, print_json, read_documents, require, say, target_of
 from slimmoe_hf.criteria import check_criteria
@@ -18,10 +17,10 @@ from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
-from slimmoe_hf.plan import CompressionPlan, Target
+from slimmoe_hf.plan import Target
 from slimmoe_hf.scoring import rebuilt, remove_work, scored_model, scored_stream
 from slimmoe_hf.search import Search, search_plan
-from slimmoe_hf.search_check import Checked, check_search
+from slimmoe_hf.search_check import Checked, check_search, save_searched
 from slimmoe_hf.sizing import own_dtype
 from slimmoe_hf.sources import open_source
 from slimmoe_hf.stats import ExpertStats
@@ -65,7 +64,7 @@ def search(args: argparse.Namespace) -> None:
     else:
         stats, checked = _checked(args)
         found, plan = checked.search, checked.plan
-    _write(found, plan, output, args.overwrite)
+    save_searched(found, plan, output, args.overwrite)
     remove_work(args, output)
     if args.json:
         print_json(found.model_dump(mode="json"))
@@ -116,19 +115,6 @@ def _validation(args: argparse.Namespace, path: Path) -> HeldOut:
             f"{args.data}: every document of the validation split is in train or test too. Bring other text."
         )
     return held_out(documents.select(apart), load_tokenizer(path), args.max_length, args.validation_tokens)
-
-
-def _write(found: Search, plan: CompressionPlan, output: Path, overwrite: bool) -> None:
-    """The plan's folder, as `CompressionPlan.save` makes it, with the search beside the plan."""
-    from slimmoe_hf.plots import png  # matplotlib takes long to import
-    from slimmoe_hf.plots.frontier import picture_of
-
-    picture = picture_of(found)
-    with replacing(output, overwrite) as partial:
-        plan.save(partial)
-        (partial / "search.json").write_text(found.model_dump_json(indent=2) + "\n")
-        (partial / "frontier.json").write_text(picture.model_dump_json() + "\n", encoding="utf-8")
-        (partial / "frontier.png").write_bytes(png(picture))
 
 
 def _table(found: Search) -> Table:

@@ -151,6 +151,7 @@ BAD_RECIPES: list[tuple[Callable[[Path, Values], None], str]] = [
     (target(expert_width=12), "stages.1.target: expert_width=12 is not a multiple of 8"),
     (target(kv_groups=3), "stages.1.target: kv_groups=3 is not between 1 and the model's 2 key/value groups"),
     (target(), "stages.1.target: the target asks for nothing"),
+    (target(budget=10), "stages.1.target: the budget of 10 parameters cannot be met: the smallest shape"),
     (cached(beta=0.5), "stages.1.distillation: beta=0.5 looks at every token, and teacher_cache keeps 64. Set"),
     (cached(loss_top_k=128), "stages.1.distillation: loss_top_k=128, and teacher_cache.top_k is 64. Raise it."),
     (cached(router_logits_weight=0.1), "stages.1.distillation: router_logits_weight=0.1 compares what is inside"),
