@@ -1,13 +1,13 @@
-"""Which engines load a checkpoint, and why not: the rules of `engines` applied to a folder, as a table, as JSON, for a card."""
+"""Which engines load a checkpoint, and why not: the rules of `engines` applied to a folder, as text, as JSON, for a card."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 from slimmoe_hf import card
 from slimmoe_hf.engine_rules import Effect, Facts, facts_of
@@ -17,7 +17,7 @@ from slimmoe_hf.families import Shape
 NOT_RUN = "not run"
 _WORST: tuple[Effect, ...] = ("no", "not known", "differs", "loads")
 _WORDS = {
-    "loads": "loads", "differs": "loads, other outputs", "no": "does not load", "not known": "not known",
+    "loads": "loads", "differs": "loads with other outputs", "no": "does not load", "not known": "not known",
 }  # fmt: skip
 
 
@@ -46,7 +46,6 @@ class Verdict(BaseModel):
         reasons: The rules that it breaks.
         runs: What was run with this engine and tiny models of the family; empty where nothing was.
         quantised: Forms that its sizes do not fit, and what happens then.
-        note: What the rules leave out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,15 +59,16 @@ class Verdict(BaseModel):
     reasons: list[Reason]
     runs: list[str]
     quantised: list[str]
-    note: str
 
     @property
     def words(self) -> str:
         """The effect as users read it, and what it would be after an export."""
-        left = min((reason.effect for reason in self.reasons if not reason.mended), key=_WORST.index, default="loads")
+        stay = [reason.effect for reason in self.reasons if not reason.mended]
+        left = min(stay, key=_WORST.index, default="loads")
+        then = "loads on a condition" if left == "loads" and stay else _WORDS[left]
         if left == self.effect:
-            return _WORDS[left]
-        return f"{_WORDS[self.effect]} as it is; after slimmoe export --for {self.engine}: {_WORDS[left]}"
+            return then
+        return f"{_WORDS[self.effect]} as it is; after slimmoe export --for {self.engine}: {then}"
 
     @property
     def blocking(self) -> list[Reason]:
@@ -98,12 +98,12 @@ def assess(folder: Path, written: Mapping[str, Any] | None = None) -> list[Verdi
 
 def _verdict(name: str, engine: Engine, facts: Facts) -> Verdict:
     runs = [f"{run.what} ({run.versions}, {run.date})" for run in engine.runs if facts.family in run.families]
-    known = facts.shape is not None and facts.family in engine.families
+    known = facts.family in engine.families
     reasons = _reasons(engine, facts)
     return Verdict(
         engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package,
         effect=min((reason.effect for reason in reasons), key=_WORST.index, default="loads"), reasons=reasons, runs=runs,
-        quantised=_unfit(engine, facts.shape) if known and facts.shape is not None else [], note=engine.note if known else "",
+        quantised=_unfit(engine, facts.shape) if known and facts.shape is not None else [],
     )  # fmt: skip
 
 
@@ -148,35 +148,36 @@ def _unfit(engine: Engine, shape: Shape) -> list[str]:
     return found
 
 
-def engine_table(verdicts: Sequence[Verdict]) -> Table:
-    """The answer for people, a row an engine."""
-    shown = Table(show_lines=True)
-    shown.add_column("engine", no_wrap=True)
-    shown.add_column("this model", min_width=13)
-    for heading in ("why", "quantised", "run"):
-        shown.add_column(heading, overflow="fold")
+def engine_text(verdicts: Sequence[Verdict], width: int) -> str:
+    """The answer for people, a paragraph an engine, in lines of at most `width` characters where words allow it."""
+    paragraphs = []
     for verdict in verdicts:
-        why = "\n".join(f"{each.text} [{each.source}]" if each.source else each.text for each in verdict.reasons)
-        shown.add_row(
-            f"{verdict.title} {verdict.version}\nread {verdict.read}", verdict.words,
-            _plain("\n".join(filter(None, (why, verdict.note and f"note: {verdict.note}")))) or "-",
-            _plain("\n".join(verdict.quantised)) or "-", _plain("\n".join(verdict.runs)) or NOT_RUN,
-        )  # fmt: skip
-    return shown
+        ran = f"run with tiny models: {'; '.join(verdict.runs)}" if verdict.runs else f"{NOT_RUN} with any model"
+        said = [f"by rules read {verdict.read} in {verdict.package}; this model was {NOT_RUN}"]
+        said += [_reason(reason) for reason in verdict.reasons]
+        said += [*(f"quantised, {text}" for text in verdict.quantised), ran]
+        first = _wrapped(f"{verdict.title} {verdict.version}: {verdict.words}", width, "", "    ")
+        paragraphs.append("\n".join([first, *(_wrapped(text, width, "  - ", "    ") for text in said)]))
+    return "\n\n".join(paragraphs)
 
 
-def _plain(text: str) -> str:
-    """Text that rich shows as it is."""
-    return text.replace("[", "\\[")
+def _reason(reason: Reason) -> str:
+    mended = "; --for mends that" if reason.mended and "--for" not in reason.text else ""
+    return reason.text + mended + (f" [{reason.source}]" if reason.source else "")
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> str:
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def engine_lines(verdicts: Sequence[Verdict]) -> list[str]:
     """A line an engine, for the end of a command."""
     lines = []
     for verdict in verdicts:
-        ran = "" if verdict.runs else f", {NOT_RUN}"
         why = f": {verdict.why}" if verdict.why else ""
-        lines.append(f"{verdict.title} {verdict.version} (rules of {verdict.read}{ran}): {verdict.words}{why}")
+        lines.append(f"{verdict.title} {verdict.version} (by rules of {verdict.read}, {NOT_RUN}): {verdict.words}{why}")
     return lines
 
 

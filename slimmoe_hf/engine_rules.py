@@ -18,7 +18,9 @@ from slimmoe_hf.shards import read_header
 from slimmoe_hf.shared_config import SHARED
 
 Effect = Literal["loads", "differs", "no", "not known"]
-"""What becomes of a checkpoint: it loads; it loads and computes something else; it does not load; the rules do not say."""
+"""What becomes of a checkpoint: it loads; it loads and computes something else; it does not load; the rules do not say.
+
+A rule whose effect is "loads" names a condition that the rules leave open."""
 TOKENIZER = "tokenizer_config.json"
 BEGINNING = ("LlamaTokenizer", "LlamaTokenizerFast")
 """Tokenizers that before transformers 5 began every text with a token unless `add_bos_token` said otherwise."""
@@ -200,7 +202,9 @@ def rope_kinds(*known: str) -> Callable[[Facts], str]:
 
     def check(facts: Facts) -> str:
         kind = (facts.values.get("rope_parameters") or {}).get("rope_type", "default")
-        return "" if kind in known else f"rope is scaled by {kind}, and these rules are for {', '.join(known)}"
+        if kind in known:
+            return ""
+        return f"rope is scaled by {kind}; it is known to compute what transformers does for {', '.join(known)} only"
 
     return check
 
@@ -251,6 +255,13 @@ def vocabulary(facts: Facts) -> str:
     return "" if found else "there is no tokenizer, and it needs one"
 
 
+def byte_level(facts: Facts) -> str:
+    """The engine knows tokenizers by what they make of one text, but for SentencePiece's where it takes those."""
+    if facts.family == "mixtral" and "tokenizer.model" in facts.files:
+        return ""
+    return "its converter has to know the tokenizer, by a hash of what it makes of one text; that was not looked at"
+
+
 def sentencepiece(facts: Facts) -> str:
     """The engine makes this family's vocabulary of a SentencePiece model and of nothing else."""
     return "" if "tokenizer.model" in facts.files else "there is no tokenizer.model, which it makes the vocabulary of"
@@ -274,15 +285,27 @@ def silent_beginning(facts: Facts) -> str:
     return f"{TOKENIZER} lacks add_bos_token, so its {name} begins every text with <s>, whatever tokenizer.json says"
 
 
-def older_rope(facts: Facts) -> str:
-    """The engine reads the rope fields as they were spelled before transformers 5, and has defaults for them."""
-    rope = facts.values.get("rope_parameters") or {}
-    keys = ("rope_theta", "rope_scaling") if rope.get("rope_type", "default") != "default" else ("rope_theta",)
-    missing = [key for key in keys if facts.written.get(key) is None]
-    if missing:
-        return f"config.json lacks {' and '.join(missing)}, so it takes its own default"
-    old, new = facts.written["rope_theta"], rope.get("rope_theta")
-    return "" if old == new else f"config.json has rope_theta {old}, which it reads, and {new} in rope_parameters"
+def older_rope(default: float) -> Callable[[Facts], str]:
+    """The engine reads the rope fields as they were spelled before transformers 5, and takes `default` where theta is missing."""
+
+    def check(facts: Facts) -> str:
+        rope = facts.values.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default" and facts.written.get("rope_scaling") is None:
+            return "config.json lacks rope_scaling, so it does not scale"
+        found, theta = facts.written.get("rope_theta"), rope.get("rope_theta")
+        if found is None:
+            return (
+                ""
+                if theta == default
+                else f"config.json lacks rope_theta, which is {theta}, and it takes {default:g} then"
+            )
+        return (
+            ""
+            if found == theta
+            else f"config.json has rope_theta {found}, which it reads, and {theta} in rope_parameters"
+        )
+
+    return check
 
 
 def always(reason: str) -> Callable[[Facts], str]:

@@ -15,6 +15,7 @@ from slimmoe_hf.engine_rules import (
     all_biases,
     all_heads_have_keys,
     always,
+    byte_level,
     defaults,
     every_layer_sparse,
     fixed,
@@ -83,7 +84,6 @@ class Engine:
         families: `model_type` -> its rules.
         quantisers: Quantised forms that it makes or reads.
         runs: What was run with it.
-        note: What holds for all that it is given, for the report.
     """
 
     title: str
@@ -93,7 +93,6 @@ class Engine:
     families: Mapping[str, tuple[Rule, ...]]
     quantisers: tuple[Quantiser, ...] = ()
     runs: tuple[Run, ...] = ()
-    note: str = ""
 
 
 _FOUR = ("phimoe", "mixtral", "olmoe", "qwen3_moe")
@@ -164,6 +163,7 @@ _PINNED = "vendor/llama.cpp/requirements/requirements-convert_legacy_llama.txt: 
 _BYTE_LEVEL = (
     Rule(vocabulary, "no", f"{_CONVERT}/base.py, get_vocab_base"),
     Rule(older_tokenizer, "no", _PINNED, mended=True),
+    Rule(byte_level, "loads", f"{_CONVERT}/base.py, get_vocab_base_pre"),
 )
 _FALLBACK = "vendor/llama.cpp/src/llama-quant.cpp, tensor_type_fallback"
 _LLAMA = Engine(
@@ -234,8 +234,6 @@ _LLAMA = Engine(
         Run(("phimoe",), "converted to F32, loaded and run on a CPU: next-token log-probabilities 6 to 10 nats off those of "
             "transformers 5.23 on a random model", _GGUF_RUN, _READ),
     ),
-    note="its converter knows byte-level tokenizers by a hash and refuses those that it has not seen "
-         f"({_CONVERT}/base.py, get_vocab_base_pre); that is not looked at here",
 )  # fmt: skip
 
 _MLX = "mlx_lm/models"
@@ -256,7 +254,7 @@ _MLX_LM = Engine(
             Rule(all_biases, "no", f"{_MLX}/phimoe.py, Attention and Model: bias=True", mended=True),
             Rule(untied, "no", f"{_MLX}/phimoe.py, Model: lm_head is not tied"),
             Rule(head_width, "no", f"{_MLX}/phimoe.py, Attention: hidden_size // n_heads"),
-            Rule(older_rope, "differs", f"{_MLX}/phimoe.py, ModelArgs: 10000 otherwise", mended=True),
+            Rule(older_rope(1e4), "differs", f"{_MLX}/phimoe.py, ModelArgs", mended=True),
             Rule(rope_kinds("default", "longrope"), "no", f"{_MLX}/phimoe.py, Attention: rope_scaling[\"short_factor\"]"),
             Rule(long_factors(False), "differs", f"{_MLX}/rope_utils.py, SuScaledRoPE"),
             Rule(full_attention, "differs", f"{_MLX}/phimoe.py, PhiMoEModel: create_attention_mask without a window"),
@@ -267,7 +265,7 @@ _MLX_LM = Engine(
                           tie_word_embeddings=False), "differs", f"{_MLX}/mixtral.py, ModelArgs", mended=True),
             Rule(per_expert, "no", f"{_MLX}/mixtral.py, {_SANITIZE}", mended=True),
             Rule(head_width, "no", f"{_MLX}/mixtral.py, MixtralAttention: hidden_size // num_heads"),
-            Rule(older_rope, "differs", f"{_MLX}/mixtral.py, ModelArgs: 1e6 otherwise", mended=True),
+            Rule(older_rope(1e6), "differs", f"{_MLX}/mixtral.py, ModelArgs", mended=True),
             Rule(rope_kinds("default"), "differs", f"{_MLX}/mixtral.py, MixtralAttention: nn.RoPE"),
             Rule(full_attention, "differs", f"{_MLX}/mixtral.py, MixtralModel: create_attention_mask without a window"),
         ),
@@ -279,7 +277,7 @@ _MLX_LM = Engine(
             Rule(rope_kinds("default", "linear", "dynamic", "llama3", "yarn", "longrope"), "not known",
                  f"{_MLX}/rope_utils.py, initialize_rope"),
             Rule(long_factors(False), "differs", f"{_MLX}/rope_utils.py, SuScaledRoPE"),
-            Rule(older_rope, "differs", f"{_MLX}/olmoe.py, ModelArgs: 10000 otherwise", mended=True),
+            Rule(older_rope(1e4), "differs", f"{_MLX}/olmoe.py, ModelArgs", mended=True),
             Rule(ignored("clip_qkv"), "differs", f"{_MLX}/olmoe.py, Attention"),
         ),
         "qwen3_moe": (
@@ -287,6 +285,7 @@ _MLX_LM = Engine(
             Rule(written("num_experts", "num_experts_per_tok", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size",
                          "rms_norm_eps", "num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings",
                          "max_position_embeddings", "norm_topk_prob"), "no", f"{_MLX}/qwen3_moe.py, ModelArgs", mended=True),
+            Rule(older_rope(1e4), "differs", f"{_MLX}/qwen3_moe.py, ModelArgs", mended=True),
             Rule(per_expert, "no", f"{_MLX}/qwen3_moe.py, {_SANITIZE}", mended=True),
             Rule(no_biases, "no", f"{_MLX}/qwen3_moe.py, Attention: bias=False"),
             Rule(rope_kinds("default"), "differs", f"{_MLX}/qwen3_moe.py, Attention: nn.RoPE"),
@@ -306,12 +305,12 @@ _MLX_LM = Engine(
 _AUTO = "transformers/models/auto/tokenization_auto.py"
 
 
-def _before_5(family: str, *own: Rule) -> tuple[Rule, ...]:
+def _before_5(family: str, theta: float, *own: Rule) -> tuple[Rule, ...]:
     module = f"transformers/models/{family}"
     return (
         *own,
         Rule(per_expert, "no", f"{module}/modeling_{family}.py: a module list", mended=True),
-        Rule(older_rope, "differs", f"{module}/configuration_{family}.py", mended=True),
+        Rule(older_rope(theta), "differs", f"{module}/configuration_{family}.py", mended=True),
         Rule(older_tokenizer, "no", f"{_AUTO}, AutoTokenizer.from_pretrained", mended=True),
         Rule(
             silent_beginning, "differs", "transformers/models/llama/tokenization_llama_fast.py, __init__", mended=True
@@ -320,16 +319,16 @@ def _before_5(family: str, *own: Rule) -> tuple[Rule, ...]:
 
 
 _TRANSFORMERS_4 = Engine(
-    "transformers 4", "4.57.6", _READ, "wheel transformers 4.57.6",
+    "transformers", "4.57.6", _READ, "wheel transformers 4.57.6",
     families={
-        "phimoe": _before_5("phimoe", Rule(
+        "phimoe": _before_5("phimoe", 1e6, Rule(
             head_width, "no", "transformers/models/phimoe/modeling_phimoe.py, PhimoeAttention: hidden_size // num_heads",
         )),
-        "mixtral": _before_5("mixtral"),
-        "olmoe": _before_5("olmoe", Rule(
+        "mixtral": _before_5("mixtral", 1e6),
+        "olmoe": _before_5("olmoe", 1e4, Rule(
             head_width, "no", "transformers/models/olmoe/modeling_olmoe.py, OlmoeAttention: hidden_size // num_heads",
         )),
-        "qwen3_moe": _before_5("qwen3_moe", Rule(
+        "qwen3_moe": _before_5("qwen3_moe", 1e4, Rule(
             written("num_experts"), "differs", "transformers/models/qwen3_moe/configuration_qwen3_moe.py: 128 otherwise",
             mended=True,
         )),

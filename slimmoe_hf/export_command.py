@@ -15,7 +15,7 @@ from slimmoe_hf.atomic import replacing
 from slimmoe_hf.checkpoint import carry
 from slimmoe_hf.command_inputs import output_path, print_json, refuse_source, require, say
 from slimmoe_hf.engine_form import write_engine_form
-from slimmoe_hf.engine_report import Verdict, assess, engine_lines, engine_table
+from slimmoe_hf.engine_report import Verdict, assess, engine_lines, engine_text
 from slimmoe_hf.factored_checkpoint import load_factored
 from slimmoe_hf.factorization import densify
 from slimmoe_hf.loading import FACTORED, form_of, weight_bytes
@@ -34,7 +34,7 @@ def _dense(folder: Path) -> PreTrainedModel:
     return unshare(model) if isinstance(model, SharedModel) else model
 
 
-_WIDTH = 160  # of a table that goes into a file
+_WIDTH = 120  # of what goes into a file
 
 FORMS: dict[str, tuple[str, str, Callable[[Path], PreTrainedModel]]] = {
     "duplicate": (SHARED, "shared", _duplicated), "dense": (FACTORED, "factored", _dense),
@@ -81,8 +81,7 @@ def _report(folder: Path, as_json: bool) -> None:
         print_json([verdict.model_dump(mode="json") for verdict in verdicts])
     else:
         console = Console()
-        wide = console if console.is_terminal else Console(width=_WIDTH)
-        wide.print(engine_table(verdicts), highlight=False)
+        say(engine_text(verdicts, console.width if console.is_terminal else _WIDTH))
 
 
 def _write_form(folder: Path, name: str, output: Path, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimmoe_hf import cli, commands, parsers_export
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.engine_form import write_engine_form
-from slimmoe_hf.engine_report import assess, engine_section
+from slimmoe_hf.engine_report import assess, engine_lines, engine_section
 from slimmoe_hf.engines import ENGINES
 from slimmoe_hf.factorization import factor_experts
 from slimmoe_hf.families import FAMILIES
@@ -142,6 +142,8 @@ def test_an_exported_tokenizer_says_what_it_begins_texts_with(begins: bool, tmp_
 def test_an_unread_family_is_not_known_to_load_anywhere(tmp_path: Path):
     save_tiny(tmp_path / "switch", "switch_transformers")
     assert set(verdicts(tmp_path / "switch").values()) == {"not known"}
+    (line, *_) = engine_lines(assess(tmp_path / "switch"))
+    assert line.endswith("not run): not known: no rules are written for switch_transformers with vLLM")
 
 
 @torch.no_grad()
@@ -197,7 +199,10 @@ def test_the_report_says_why_with_its_source_and_what_was_not_run(exported: Path
     )
     assert cli.main(["export", str(exported / "phimoe-heads")]) == 0
     shown = capsys.readouterr().out
-    assert "not run" in shown and "does not load" in shown and "0.33.0" in shown
+    assert "vLLM 0.33.0: loads\n  - by rules" in shown and "mlx-lm 0.32.2: does not load\n" in shown
+    assert "not run with any model" in shown and max(map(len, shown.splitlines())) <= 120
+    assert cli.main(["export", str(exported / "olmoe")]) == 0
+    assert "llama.cpp 0c1e57098: loads on a condition\n" in capsys.readouterr().out
     section = engine_section(assess(exported / "phimoe-heads"))
     assert "| vLLM 0.33.0 | loads |" in section and "pruned" in section
 
