@@ -42,6 +42,7 @@ class Verdict(BaseModel):
 
     Attributes:
         engine: As `slimmoe export --for` takes it. title, version: Of the code that was read. read: When. package: Where from.
+        known: Rules are written for its family with this engine.
         effect: The worst of the reasons'.
         reasons: The rules that it breaks.
         runs: What was run with this engine and tiny models of the family; empty where nothing was.
@@ -55,6 +56,7 @@ class Verdict(BaseModel):
     version: str
     read: str
     package: str
+    known: bool
     effect: Effect
     reasons: list[Reason]
     runs: list[str]
@@ -101,7 +103,7 @@ def _verdict(name: str, engine: Engine, facts: Facts) -> Verdict:
     known = facts.family in engine.families
     reasons = _reasons(engine, facts)
     return Verdict(
-        engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package,
+        engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package, known=known,
         effect=min((reason.effect for reason in reasons), key=_WORST.index, default="loads"), reasons=reasons, runs=runs,
         quantised=_unfit(engine, facts.shape) if known and facts.shape is not None else [],
     )  # fmt: skip

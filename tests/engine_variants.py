@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from test_surgery import random_plan
 from tiny import tiny_model, tiny_tokenizer
+
+from slimmoe_hf import Target, apply_plan
 
 TEXT = "def f(): return <|user|> ü"
 IDS = [5, 9, 33, 70, 12, 300, 41, 8, 77, 150, 222, 19]
@@ -38,12 +41,14 @@ ORDER = ("vllm", "llama.cpp", "mlx", "transformers4")
 EFFECTS = {"l": "loads", "d": "differs", "n": "no"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # effects in ORDER, and what is not as in a plain model
     "phimoe": ("ldll", {}),
+    "phimoe-slimmed": ("ldll", {}),
     "phimoe-jitter": ("ddll", {"router_jitter_noise": 0.1}),
     "phimoe-unbiased": ("ldll", {"attention_bias": False, "lm_head_bias": False}),
     "phimoe-heads": ("lnnn", _HEADS),
     "phimoe-longrope": ("dddl", {"rope_parameters": _LONG, "original_max_position_embeddings": 64}),
     "phimoe-window": ("lddl", {"sliding_window": 4}),
     "mixtral": ("llll", {}),
+    "mixtral-slimmed": ("llnl", {}),
     "mixtral-heads": ("llnl", _HEADS),
     "mixtral-window": ("lddl", {"sliding_window": 4}),
     "mixtral-linear": ("lldl", {"rope_parameters": _LINEAR}),
@@ -52,6 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # effects in ORDER, and wha
     "mixtral-gelu": ("dddl", {"hidden_act": "gelu"}),
     "mixtral-tied": ("llll", {"tie_word_embeddings": True}),
     "olmoe": ("llll", {}),
+    "olmoe-slimmed": ("llll", {}),
     "olmoe-gqa": ("lnll", {"num_key_value_heads": 2}),
     "olmoe-linear": ("llll", {"rope_parameters": _LINEAR}),
     "olmoe-yarn": ("llll", {"rope_parameters": _YARN, "head_dim": 16}),
@@ -61,12 +67,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # effects in ORDER, and wha
     "olmoe-tied": ("nnll", {"tie_word_embeddings": True}),
     "olmoe-eps": ("ddll", {"rms_norm_eps": 1e-2}),
     "qwen3_moe": ("llll", {}),
+    "qwen3_moe-slimmed": ("llll", {}),
     "qwen3_moe-unnormed": ("ldll", {"norm_topk_prob": False}),
     "qwen3_moe-dense": ("lnll", {"mlp_only_layers": [0]}),
     "qwen3_moe-heads": ("llll", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     "qwen3_moe-biased": ("nnnl", {"attention_bias": True}),
     "qwen3_moe-yarn": ("lldl", {"rope_parameters": _YARN}),
     "qwen3_moe-tied": ("llll", {"tie_word_embeddings": True}),
+}
+_CUTS = {  # mlx-lm and transformers 4 take PhiMoE's heads to be D/H wide, mlx-lm Mixtral's too; OLMoE's cannot be pruned
+    "phimoe-slimmed": Target(expert_width=64, num_experts=3),
+    "mixtral-slimmed": Target(expert_width=64, kv_groups=1),
+    "olmoe-slimmed": Target(expert_width=64, num_experts=3),
+    "qwen3_moe-slimmed": Target(expert_width=64, num_experts=3, kv_groups=1),
 }
 
 
@@ -80,6 +93,8 @@ def save_variant(name: str, folder: Path) -> torch.Tensor:
     """Write a variant, as transformers saves it, and give its logits for `IDS`, `[N, V]`."""
     family = name.split("-")[0]
     model = tiny_model(family, **{**_SIZES, "rope_parameters": _ROPE, **_OWN[family], **VARIANTS[name][1]})
+    if name in _CUTS:
+        model = apply_plan(model, random_plan(model, _CUTS[name]))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(b"")  # a rule asks only whether it is there

@@ -139,11 +139,16 @@ def test_an_exported_tokenizer_says_what_it_begins_texts_with(begins: bool, tmp_
     assert (said["add_bos_token"], said["add_eos_token"]) == (begins, False)
 
 
-def test_an_unread_family_is_not_known_to_load_anywhere(tmp_path: Path):
+def test_an_unread_family_is_not_known_to_load_anywhere_and_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     save_tiny(tmp_path / "switch", "switch_transformers")
+    capsys.readouterr()  # of saving
     assert set(verdicts(tmp_path / "switch").values()) == {"not known"}
     (line, *_) = engine_lines(assess(tmp_path / "switch"))
     assert line.endswith("not run): not known: no rules are written for switch_transformers with vLLM")
+    line = error_of(capsys, "export", str(tmp_path / "switch"), "--for", "vllm", "--output", str(tmp_path / "output"))
+    assert "no rules are written" in line and not (tmp_path / "output").exists()
 
 
 @torch.no_grad()
