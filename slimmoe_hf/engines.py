@@ -225,11 +225,11 @@ _LLAMA = Engine(
     ),
     runs=(
         Run(("mixtral",), "converted to F32, loaded and run on a CPU: next-token log-probabilities of random models within 0.03 "
-            "of transformers 5.23: plain, tied, with pruned heads, with linear, yarn and llama3 rope; 12 off with a window",
-            _GGUF_RUN, _READ),
-        Run(("olmoe",), "as for mixtral: within 0.03 plain and with linear and yarn rope; 0.1 to 12 off with llama3 rope, "
+            "of transformers 5.23: plain, slimmed, tied, with pruned heads, with linear, yarn and llama3 rope; 1 off with gelu, "
+            "12 with a window", _GGUF_RUN, _READ),
+        Run(("olmoe",), "as for mixtral: within 0.03 plain, slimmed, with linear and yarn rope; 0.1 to 12 off with llama3 rope, "
             "norm_topk_prob, clip_qkv or another rms_norm_eps; refused tied and with fewer key/value heads", _GGUF_RUN, _READ),
-        Run(("qwen3_moe",), "as for mixtral: within 0.03 plain, tied, with pruned heads, with linear and yarn rope; 0.5 off "
+        Run(("qwen3_moe",), "as for mixtral: within 0.03 plain, slimmed, tied, with linear and yarn rope; 0.5 off "
             "without norm_topk_prob; refused with biases and with a dense layer", _GGUF_RUN, _READ),
         Run(("phimoe",), "converted to F32, loaded and run on a CPU: next-token log-probabilities 6 to 10 nats off those of "
             "transformers 5.23 on a random model", _GGUF_RUN, _READ),
