@@ -67,6 +67,8 @@ class _Reader:
             ValueError: As `disk.locate` and `disk.check_tied`.
         """
         refuse_encoder_decoder(config, "going through a model layer by layer (--stream)")
+        if why := family_of(config).no_stream:
+            raise ValueError(f"{path}: cannot be run one layer at a time: {why}. Load it whole (no --stream).")
         self.path, self._family, self._buffer = path, family_of(config), Buffer()
         stored = {name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()}
         self.parts = locate(config, stored, str(path))
@@ -133,8 +135,6 @@ class Blocks:
             ValueError: As `disk.locate`; or the model changes embeddings before its first layer, so that it cannot be
                 begun at another one.
         """
-        if why := family_of(load_config(path)).no_stream:
-            raise ValueError(f"{path}: cannot be run one layer at a time: {why}. Load it whole (no --stream).")
         dtype, device = getattr(torch, dtype) if isinstance(dtype, str) else dtype, torch.device(device)
         self.config, self.dtype, self.device = load_config(path), dtype, device
         self.config.dtype = dtype

@@ -44,7 +44,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"model_type={model_type!r} is not a Mixture-of-Experts family that slimmoe_hf knows (slimmoe env --families lists "
-        f"{len(FAMILIES)}).{hint} A dense model has no experts to slim; to add a family see CONTRIBUTING.md."
+        f'{len(FAMILIES)}).{hint} A dense model has no experts to slim; to add a family see "Add a family" in CONTRIBUTING.md.'
     )
 
 
@@ -97,7 +97,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     family = family_of(config)
     values = config.to_dict()
     heads, hidden = config.num_attention_heads, config.hidden_size
-    top_k = {} if family.top_k is not None else {family.top_k_key: getattr(config, family.top_k_key, None)}
+    top_k = {} if family.top_k is not None else {family.top_k_key: _same(getattr(config, family.top_k_key, None))}
     numbers = {
         **top_k,
         family.width_key: getattr(config, family.width_key, None),
@@ -121,6 +121,11 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         hidden_size=hidden,
         layers=sum(numbers[stack.number_key] for stack in family.stacks),
     )
+
+
+def _same(value: Any) -> Any:
+    """What all layers have, where a config says it for each (HunYuan's)."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def shape_values(config: PreTrainedConfig, shape: Shape) -> dict[str, int]:

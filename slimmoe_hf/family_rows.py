@@ -85,6 +85,7 @@ FAMILIES = {
         _QWEN, router="mlp.router", router_weight="gate.weight", router_bias="mlp.expert_bias",
         shared_key="num_shared_experts", query_rows=("gate_proj",),
         disk=DiskNames(router="mlp.router.gate.weight", router_bias="mlp.expert_bias"),
+        no_stream=_SCALED_EMBEDDINGS.format("AFMoE"),
     ),
     "hy_v3": replace(
         _QWEN, router_bias="mlp.e_score_correction_bias", shared_key="num_shared_experts",
@@ -201,11 +202,11 @@ DECODERS = tuple(name for name, row in FAMILIES.items() if not row.encoder_decod
 """The families without an encoder."""
 
 UNSUPPORTED = {
-    "llama4_text": "every expert runs on every token, its input scaled by the router (Llama4TextMoe.forward), so there are no "
-    "routed pairs to score, and its experts are outside transformers' experts interface",
-    "dbrx": "its experts are one flat matrix [E * F, D] (DbrxExpertGLU.w1), outside transformers' experts interface",
-    "jetmoe": "its attention is a mixture of experts too (JetMoeMoA), with the same num_local_experts, so neither can lose "
-    "experts alone",
+    "llama4_text": "its experts are outside transformers' experts interface: all of them run on every token, whose copies the "
+    "router has scaled before (Llama4TextMoe.forward), and its shared expert has their intermediate_size",
+    "dbrx": "its experts are flat matrices [E * F, D] (DbrxExpertGLU.w1), outside transformers' experts interface",
+    "jetmoe": "its experts sort their tokens themselves (JetMoeMoE.forward), outside transformers' experts interface, and its "
+    "attention is a mixture of as many experts (JetMoeMoA), so neither can lose some alone",
     "longcat_flash": "its router also chooses from experts that pass a token on (zero_expert_num), numbered after the others",
     "nllb-moe": "its experts read the router's mask of zeros and ones as expert numbers (NllbMoeExperts.forward in transformers "
     "5.23), so which expert runs is not what the router chose",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimmoe_hf.blocks import Pass, begins_with
@@ -181,7 +181,8 @@ def _through(model: PreTrainedModel) -> bool:
     """Whether text can be kept between two layers: not where embeddings change before the first one."""
     embeddings: Any = model.get_input_embeddings()
     given = torch.ones(1, 2, embeddings.weight.shape[-1], dtype=model.dtype, device=model.device)
-    return begins_with(given, model, model.get_submodule(f"{family_of(model.config).layers}.0"))
+    with _passing(model, None) as slots:
+        return begins_with(given, model, slots[0])
 
 
 class _Through:
@@ -216,23 +217,33 @@ class _Anew:
 
 
 @contextmanager
+def _passing(model: PreTrainedModel, but: int | None) -> Iterator[nn.ModuleList]:
+    """Have all decoder layers, but the one of that number, pass on what they are given."""
+    slots: Any = model.get_submodule(family_of(model.config).layers)
+    layers = list(slots)
+    try:
+        for number, layer in enumerate(layers):
+            if number != but:
+                slots[number] = Pass(layer)
+        yield slots
+    finally:
+        for number, layer in enumerate(layers):
+            slots[number] = layer
+
+
+@contextmanager
 def _alone(model: PreTrainedModel, number: int) -> Iterator[Any]:
     """Have the model run one decoder layer only: `(hidden_BTD, batch) -> hidden_BTD`, masks and positions its own."""
-    slots: Any = dict(model.named_modules())[family_of(model.config).layers]
-    layers, seen = list(slots), list[Tensor]()
-    hook = layers[number].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    seen = list[Tensor]()
 
     def block(hidden_BTD: Tensor, batch: Batch) -> Tensor:
         given = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
         model.base_model(inputs_embeds=hidden_BTD, use_cache=False, **given)
         return seen.pop()
 
-    try:
-        for other in range(len(layers)):
-            if other != number:
-                slots[other] = Pass(layers[other])
-        yield block
-    finally:
-        hook.remove()
-        for other, layer in enumerate(layers):
-            slots[other] = layer
+    with _passing(model, number) as slots:
+        hook = slots[number].register_forward_hook(lambda _module, _args, output: seen.append(output))
+        try:
+            yield block
+        finally:
+            hook.remove()

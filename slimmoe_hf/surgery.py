@@ -56,7 +56,7 @@ def apply_plan(model: M, plan: CompressionPlan) -> M:
         if view.index in plan.neurons and view.experts is not None:
             _narrow_experts(view.experts, plan.neurons[view.index], model)
         if view.index in plan.groups and view.attention is not None:
-            _drop_groups(view.attention, attention_cuts(family, plan, view.index))
+            _drop_groups(view.attention, attention_cuts(family, plan, view.index), plan)
         _repair(view, plan, model)
     _set_sizes(model, plan)
     return model
@@ -128,14 +128,16 @@ def _expert_axis(tensor: Tensor, number: int) -> int:
 
 def _set_sizes(model: PreTrainedModel, plan: CompressionPlan) -> None:
     """Write the new sizes into the config, an encoder's and a decoder's own copies of it, and every module that keeps one."""
-    after, key = plan.meta.after, family_of(model.config).capacity_key
+    after, family = plan.meta.after, family_of(model.config)
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     for config in configs.values():
         set_shape(config, after)
-    if not plan.experts:
-        return
-    capacity = {} if key is None else {key: getattr(model.config, key)}
-    for name, value in {"num_experts": after.num_experts, **capacity}.items():
+    kept = {key: getattr(model.config, key) for key in (family.capacity_key, family.shared_key) if key is not None}
+    if plan.experts:
+        kept["num_experts"] = after.num_experts
+    if plan.neurons:
+        kept["ffn_dim"] = after.expert_width
+    for name, value in kept.items():
         for module in model.modules():  # from expert modules to the head that adds the auxiliary loss
             if name in vars(module):
                 setattr(module, name, value)
@@ -174,7 +176,9 @@ def _narrow_experts(experts: Any, kept_EF: Tensor, model: PreTrainedModel) -> No
         for expert, index in enumerate(index_EF.to(old.device)):
             torch.index_select(old.data[expert], axis, index, out=new[expert])
         setattr(experts, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    experts.intermediate_dim = kept_EF.shape[-1]
+    for name in ("intermediate_dim", "intermediate_size"):
+        if name in vars(experts):
+            setattr(experts, name, kept_EF.shape[-1])
 
 
 @torch.no_grad()
@@ -205,9 +209,12 @@ def _repair(view: LayerView, plan: CompressionPlan, model: PreTrainedModel) -> N
         out.copy_(plan.repairs.o_proj[view.index])
 
 
-def _drop_groups(attention: nn.Module, cuts: Mapping[str, tuple[int, Tensor]]) -> None:
+def _drop_groups(attention: nn.Module, cuts: Mapping[str, tuple[int, Tensor]], plan: CompressionPlan) -> None:
     """Keep key/value groups with their query heads: rows of q, k, v (and their biases), columns of o (not its bias)."""
-    held = dict(attention.named_parameters())
+    after, held = plan.meta.after, dict(attention.named_parameters())
+    for name, value in (("num_attention_heads", after.query_heads), ("num_key_value_heads", after.kv_groups)):
+        if name in vars(attention):
+            setattr(attention, name, value)
     for path, (axis, kept) in cuts.items():
         if path not in held:
             continue

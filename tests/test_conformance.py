@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
+from conformance import (
+    FAST,
+    fewer_experts,
+    masked,
+    model_and_stats,
+    plan_for,
+    require_same_checkpoint,
+    rows,
+    saved,
+    targets,
+    tensors_of,
+)
 from runs import in_two_processes
-from safetensors.torch import load_file
 from tiny import EXPERT_WIDTH, VOCAB_SIZE, tiny_batch, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -28,15 +36,14 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.disk import auto_class, published_shapes
 from slimmoe_hf.evaluation import count_parameters, measure_loss
-from slimmoe_hf.families import FAMILIES, Family, layer_views, moe_layers, routing_groups, shape_of
+from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, routing_groups, shape_of
 from slimmoe_hf.limits import possible_experts, refuse_merging
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merging import plan_merge
-from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
+from slimmoe_hf.plan import Target, make_plan, validate_target
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.repairs import REPAIR_KINDS
 from slimmoe_hf.search import search_plan
-from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_evaluation import stream_loss
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
@@ -44,102 +51,12 @@ from slimmoe_hf.student_training import save_checkpoint
 from slimmoe_hf.super_experts import super_experts_of
 from slimmoe_hf.surgery import apply_plan
 
-FAST = ("deepseek_v3", "granitemoe", "gpt_oss")
-"""Of layouts that no other fast test has: routing groups with a bias and shared experts; one tensor on disk for all experts;
-that transposed, interleaved and with biases."""
-
-
-def rows(fast: tuple[str, ...], takes: Callable[[Family], bool] = lambda row: True) -> list[Any]:
-    """Every family that `takes` it, for `parametrize`; those that are not in `fast` are slow: it is a second or two each."""
-    found = [name for name, row in FAMILIES.items() if takes(row)]
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in found]
-
-
 every_family = pytest.mark.parametrize("family", rows(FAST[:1]))
 every_family_and_layout = pytest.mark.parametrize("family", rows(FAST))
 every_width_and_layout = pytest.mark.parametrize("family", rows(FAST, lambda row: not row.no_width))
 every_output_and_layout = pytest.mark.parametrize(
     "family", rows(FAST, lambda row: not (row.no_width and row.no_groups))
 )
-
-
-@functools.cache
-def model_and_stats(family: str) -> tuple[PreTrainedModel, ExpertStats]:
-    """Only ever to be copied."""
-    model = tiny_model(family)
-    return model, collect_stats(model, [tiny_batch()], "lm", progress=False)
-
-
-def fewer_experts(model: PreTrainedModel) -> int:
-    """One less than there are, or than there are in each routing group."""
-    return shape_of(model.config).num_experts - routing_groups(model.config)[0]
-
-
-def targets(model: PreTrainedModel) -> list[Target]:
-    """Each of the cuts that a family takes, and all at once."""
-    row, experts = FAMILIES[model.config.model_type], fewer_experts(model)
-    whole = Target(
-        expert_width=None if row.no_width else 16, kv_groups=None if row.no_groups else 1, num_experts=experts
-    )
-    single = [Target(**{name: value}) for name, value in whole if value is not None]
-    return [*single, whole] if len(single) > 1 else single
-
-
-def plan_for(family: str, target: Target) -> CompressionPlan:
-    return make_plan(model_and_stats(family)[1], target, "magnitude" if target.num_experts else "random", seed=3)
-
-
-@contextmanager
-def masked(model: PreTrainedModel, plan: CompressionPlan) -> Iterator[PreTrainedModel]:
-    """The original whose dropped neurons and heads say nothing, and whose routers cannot choose dropped experts."""
-    model, gone = copy.deepcopy(model), {}
-    family, shape = FAMILIES[model.config.model_type], shape_of(model.config)
-    for view in layer_views(model):
-        if view.index in plan.experts:
-            lost = torch.ones(shape.num_experts, dtype=torch.bool)
-            lost[plan.experts[view.index]] = False
-            gone[view.router.get_parameter(family.router_weight).data_ptr()] = lost
-            if family.router_bias:  # added after the sigmoid or softmax of the logits
-                bias = model.state_dict()[f"{view.paths.feed_forward}.{family.router_bias}"]
-                bias[..., lost] = float("-inf")
-        if view.index in plan.neurons:
-            stay = plan.experts.get(view.index, torch.arange(shape.num_experts)).tolist()
-            for expert, kept in zip(stay, plan.neurons[view.index], strict=True):
-                lost = torch.ones(shape.expert_width, dtype=torch.bool)
-                lost[kept] = False
-                down = family.layout.weights(view.experts)[family.layout.down][expert].data
-                down.movedim(family.layout.down_axis, 0)[lost] = 0
-        if view.index in plan.groups and view.attention is not None:
-            lost = torch.ones(shape.kv_groups, dtype=torch.bool)
-            lost[plan.groups[view.index]] = False
-            out = view.attention.get_parameter(f"{family.projections[-1]}.weight").data
-            out.view(len(out), shape.kv_groups, -1)[:, lost] = 0
-    linear = torch.nn.functional.linear
-
-    def masking(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        output, lost = linear(inputs, weight, bias), gone.get(weight.data_ptr())
-        return output if lost is None else output.masked_fill(lost, float("-inf"))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", masking)
-        yield model
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def saved(folder: Path, model: PreTrainedModel, published: bool = True) -> Path:
-    model.save_pretrained(folder, max_shard_size="100KB", save_original_format=published)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def require_same_checkpoint(one: Path, other: Path) -> None:
-    ours, theirs = tensors_of(one), tensors_of(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
 @every_family_and_layout
@@ -157,6 +74,33 @@ def test_slimmed_equals_masked(family: str):
             slimmed(**batch).logits, expected, atol=2e-4, rtol=2e-4, msg=lambda text, at=target: f"{at}: {text}"
         )
         assert not torch.equal(expected, before), f"{target} changed nothing"
+
+
+def sizes_said(model: PreTrainedModel) -> dict[str, int]:
+    """Every whole number that a module inside a model keeps."""
+    said = ((f"{path}.{name}", value) for path, module in model.named_modules() for name, value in vars(module).items())
+    return {name: value for name, value in said if type(value) is int}
+
+
+@every_family
+def test_every_module_says_the_sizes_that_one_made_anew_would(family: str):
+    """Attributes that a forward pass may read: a stale one is a wrong result in another implementation of it."""
+    model = copy.deepcopy(model_and_stats(family)[0])
+    apply_plan(model, plan_for(family, targets(model)[-1]))
+    fresh = auto_class(model.config).from_config(model.config, dtype=torch.float32)
+    assert sizes_said(model) == sizes_said(fresh)
+
+
+@pytest.mark.parametrize("family", rows(("phimoe", "gpt_oss"), lambda row: not row.no_groups))
+@torch.no_grad()
+def test_several_groups_keep_their_own_query_heads(family: str):
+    """Three of four groups with two heads each: a query head that lost its group would attend with another's keys."""
+    model = tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    stats = collect_stats(model, [tiny_batch()], "lm", progress=False)
+    plan = make_plan(stats, Target(kv_groups=3), "random", seed=1)
+    with masked(model, plan) as reference:
+        expected = reference(**tiny_batch()).logits
+    assert_close(apply_plan(model, plan)(**tiny_batch()).logits, expected, atol=2e-4, rtol=2e-4)
 
 
 @every_family_and_layout

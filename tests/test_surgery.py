@@ -121,17 +121,6 @@ def test_slimmed_equals_masked(family, target, variant):
     assert not torch.equal(expected, tiny_model(family, **VARIANTS[variant])(**batch).logits), "the cut changed nothing"
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if not row.no_groups])
-@torch.no_grad()
-def test_several_groups_keep_their_own_query_heads(family):
-    """Three of four groups with two heads each: a query head that lost its group would attend with another's keys."""
-    shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
-    model, batch = tiny_model(family, **shape), tiny_batch()
-    plan = random_plan(model, Target(kv_groups=3))
-    expected = masked(model, plan)(**batch).logits
-    assert_close(apply_plan(model, plan)(**batch).logits, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("variant", ["plain", "tied", "wide_heads"])
 @pytest.mark.parametrize("family", families())
 @torch.no_grad()
