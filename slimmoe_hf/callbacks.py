@@ -25,7 +25,7 @@ from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize, tokenize_pairs
-from slimmoe_hf.defaults import reconstructs
+from slimmoe_hf.defaults import CRITERION, reconstructs
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
@@ -54,7 +54,7 @@ class SlimmingCallback(TrainerCallback):
         criterion: A name in `CRITERIA`; where only experts are dropped, of `expert_criterion`'s.
         calibration_dataset: Text to score with: any TRL format (`text`, `messages`, `prompt` + `completion`), or
             already tokenised (`input_ids`). Keep it apart from the training data.
-        loss: `kd_topk` (the paper's) or `lm`.
+        loss: `kd_topk` (the paper's) or `lm`; it matters to criteria of gradients.
         teacher_model: For `kd_topk`: a model, or its path or id. Default: the model itself before the cut, which is
             the paper's first stage.
         plan: A plan made elsewhere, or its folder; nothing is scored then.
@@ -62,10 +62,10 @@ class SlimmingCallback(TrainerCallback):
         batch_size: Calibration rows per forward pass, per process.
         seed: For `criterion="random"`.
         expert_criterion: What chooses the experts that stay, where the target drops some: a name in
-            `slimmoe_hf.criteria.EXPERT_CRITERIA`. Default: `criterion`.
+            `slimmoe_hf.criteria.EXPERT_CRITERIA`. Default: `criterion`, or `reap` where that one scores no experts.
         reconstruct: Solve the output projections of what stays anew, on the calibration text; see
-            `slimmoe_hf.reconstruction.reconstruct`. The plan in `output_dir` then holds these weights too. Default:
-            `slimmoe_hf.defaults.RECONSTRUCT`; a given plan is taken as it is.
+            `slimmoe_hf.reconstruction.reconstruct`. The plan in `output_dir` then holds these weights too. Done unless
+            False (`slimmoe_hf.defaults.RECONSTRUCT`); a given plan is taken as it is.
 
     Raises:
         ValueError: From the trainer's `__init__`: a target the model cannot take, a changed request, or a model that
@@ -83,7 +83,7 @@ class SlimmingCallback(TrainerCallback):
     def __init__(
         self,
         target: Target | None = None,
-        criterion: str = "taylor",
+        criterion: str = CRITERION,
         calibration_dataset: Dataset | None = None,
         *,
         loss: str = "kd_topk",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slimmoe_hf.defaults import EXPERT_CRITERION
 from slimmoe_hf.stats import ExpertStats
 
 
@@ -163,6 +164,8 @@ EXPERT_CRITERIA: dict[str, ExpertCriterion] = {
     "magnitude": expert_magnitude,
     "random": expert_random,
 }
+OF_GRADIENTS = ("taylor", "fisher", "output_fisher")
+"""Criteria of neurons, groups and experts that the calibration loss matters to; the others look forward only, or at weights."""
 WITHOUT_DATA = ("magnitude", "random")
 """Criteria that say something of experts that no calibration token reached too."""
 
@@ -199,7 +202,7 @@ def ranking(stats: ExpertStats, criterion: str, seed: int = 0) -> Scores:
 
 
 def check_criteria(criterion: str, expert_criterion: str | None = None, *, neurons: bool, experts: bool) -> str:
-    """The criterion that experts are chosen by: `expert_criterion`, or where that is None `criterion`.
+    """The criterion that experts are chosen by: `expert_criterion`, or `criterion`, or `reap` where that one scores none.
 
     Args:
         criterion: Of neurons and groups.
@@ -211,7 +214,8 @@ def check_criteria(criterion: str, expert_criterion: str | None = None, *, neuro
         ValueError: An unknown name, or a criterion that does not score what is to be cut.
     """
     known = list(dict.fromkeys([*CRITERIA, *EXPERT_CRITERIA]))
-    chosen = expert_criterion or criterion
+    of_neurons_alone = criterion in CRITERIA.keys() - EXPERT_CRITERIA.keys()
+    chosen = expert_criterion or (EXPERT_CRITERION if of_neurons_alone else criterion)
     for name in (criterion, chosen):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

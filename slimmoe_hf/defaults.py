@@ -1,6 +1,13 @@
 """What is done unless somebody says otherwise, where more than one place asks for it. Imports nothing, for `--help`."""
 
-RECONSTRUCT = False
+CRITERION = "energy"
+"""What chooses neurons and groups: with reconstruction ahead of the others, or level, right after every cut that was measured
+(README.md, "Which cut"); it looks at no gradient."""
+
+EXPERT_CRITERION = "reap"
+"""What chooses experts where neither its own criterion is named nor that of neurons scores experts."""
+
+RECONSTRUCT = True
 """Whether a cut is followed by `reconstruction.reconstruct`: on the command line, in recipes, and in the callback."""
 
 

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.cache_format import bytes_per_answer
+from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.launch import is_sharded, processes_of
@@ -120,7 +121,10 @@ class _Outlook:
         dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
         memory = scoring_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
         sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
-        criteria = ", ".join(dict.fromkeys(filter(None, (stage.criterion, stage.expert_criterion))))
+        asks = stage.target.asks
+        of_experts = check_criteria(stage.criterion, stage.expert_criterion, **asks)
+        chosen = [stage.criterion] * asks["neurons"] + [of_experts] * asks["experts"]
+        criteria = ", ".join(dict.fromkeys(chosen))
         what = f"{calibration.tokens:,} tokens, {criteria}, {calibration.loss}, {calibration.dtype}"
         operations, reading, passing = 4 * _active(config) * calibration.tokens, 0.0, 0
         teacher = self.outline.teacher_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from slimmoe_hf.defaults import CRITERION, EXPERT_CRITERION
 from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_reconstruct, add_teacher
 
 CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
@@ -30,7 +31,9 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
-    parser.add_argument("--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm (default: kd_topk)")
+    parser.add_argument(
+        "--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm, for criteria of gradients (default: kd_topk)"
+    )
     add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     parser.add_argument(
@@ -49,10 +52,11 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-width", type=int, metavar="N", help="neurons per expert, a multiple of 8")
     parser.add_argument("--kv-groups", type=int, metavar="N", help="key/value groups per attention layer")
     parser.add_argument("--num-experts", type=int, metavar="N", help="experts per layer")
-    parser.add_argument("--criterion", default="taylor", metavar="NAME", help=f"{CRITERIA} (default: taylor)")
+    parser.add_argument("--criterion", default=CRITERION, metavar="NAME", help=f"{CRITERIA} (default: {CRITERION})")
     parser.add_argument(
-        "--expert-criterion", metavar="NAME", help=f"which experts stay: {EXPERT_CRITERIA} (default: the criterion)"
-    )
+        "--expert-criterion", metavar="NAME",
+        help=f"which experts stay: {EXPERT_CRITERIA} (default: the criterion, or {EXPERT_CRITERION} where that one scores none)",
+    )  # fmt: skip
 
 
 def _add_shard_size(parser: argparse.ArgumentParser) -> None:

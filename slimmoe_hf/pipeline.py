@@ -48,7 +48,7 @@ from slimmoe_hf.preflight import (
     teacher_dtype,
 )
 from slimmoe_hf.recipe import Calibration, Evaluation, Recipe, Stage, load_any_recipe, resolved
-from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.reconstruction import cuts_outputs, reconstruct
 from slimmoe_hf.remedies import remedies
 from slimmoe_hf.report import EvaluationReport, ModelReport, Report, readme
 from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
@@ -237,6 +237,8 @@ class _Pipeline:
     def _reconstruct(
         self, source: Path, plan: CompressionPlan, calibration: Calibration, work: Path
     ) -> CompressionPlan:
+        if not cuts_outputs(plan):
+            return plan
         given, where = self._calibration(calibration)
         if calibration.stream:
             return stream_reconstruct(

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.blends import KINDS, Blend, Merging
 from slimmoe_hf.criteria import CRITERIA, Chosen, check_criteria, choose, expert_ranking, of_kept_experts, ranking
+from slimmoe_hf.defaults import CRITERION
 from slimmoe_hf.families import Shape, config_from, expert_size, family_of, routing_groups, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
 from slimmoe_hf.limits import check_groups, check_shared
@@ -335,7 +336,7 @@ class CompressionPlan:
 def make_plan(
     stats: ExpertStats,
     target: Target,
-    criterion: str = "taylor",
+    criterion: str = CRITERION,
     seed: int = 0,
     expert_criterion: str | None = None,
 ) -> CompressionPlan:
@@ -351,7 +352,7 @@ def make_plan(
         target: The sizes wanted.
         criterion: A name in `CRITERIA`; where only experts are dropped, in `EXPERT_CRITERIA`.
         seed: For `random`.
-        expert_criterion: A name in `EXPERT_CRITERIA`; None is `criterion`.
+        expert_criterion: A name in `EXPERT_CRITERIA`; None is `criterion`, or `reap` where that one scores no experts.
 
     Raises:
         ValueError: As `validate_target` and `check_criteria`; or old statistics that lack what a criterion needs.

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from slimmoe_hf.budget import StageTarget
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
-from slimmoe_hf.defaults import RECONSTRUCT
+from slimmoe_hf.defaults import CRITERION, RECONSTRUCT
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe, Seq2SeqStage
@@ -98,7 +98,8 @@ class Stage(Strict):
     Attributes:
         target: The shape after the cut, or a budget for it.
         criterion: Which scores decide; see `slimmoe_hf.criteria.CRITERIA`.
-        expert_criterion: Which decide on whole experts; see `EXPERT_CRITERIA` there. None is `criterion`.
+        expert_criterion: Which decide on whole experts; see `EXPERT_CRITERIA` there. None is `criterion`, or `reap`
+            where that one scores no experts.
         calibration: How they are taken.
         distillation: Arguments of `DistillationConfig`, the stage's own learning-rate schedule among them.
         training_dtype: What the student's weights are held in while it trains. `bfloat16` takes half the memory (and
@@ -107,7 +108,7 @@ class Stage(Strict):
     """
 
     target: StageTarget
-    criterion: str = "taylor"
+    criterion: str = CRITERION
     expert_criterion: str | None = None
     calibration: Calibration = Calibration()
     distillation: dict[str, Any] = Field(default_factory=dict)

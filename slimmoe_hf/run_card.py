@@ -5,25 +5,23 @@ Every number is the run's own: from its report, its recipe, its plans and its tr
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
 
 from slimmoe_hf import card
-from slimmoe_hf.arguments import DistillationConfig, schedule
-from slimmoe_hf.describe import scored_parts, size_rows
+from slimmoe_hf.describe import scored_parts
 from slimmoe_hf.harness import TaskResult
 from slimmoe_hf.lineage import Base, is_hub_id
 from slimmoe_hf.plan import CompressionPlan
-from slimmoe_hf.recipe import Recipe, Stage
+from slimmoe_hf.recipe import Recipe
 from slimmoe_hf.report import ModelReport, Report, speed
 from slimmoe_hf.routing import COLLAPSED, collapsed_experts
+from slimmoe_hf.stage_card import stage_settings
 
 _PICTURES = "Made by `slimmoe plot` from what the run left; `report.json` and `plans/` hold the numbers behind them."
 
@@ -239,62 +237,20 @@ def _alternative(caption: str) -> str:
 
 def _making(facts: RunFacts) -> str:
     stages = list(zip(facts.recipe.stages, facts.plans, facts.histories, strict=True))
-    columns = [_settings(facts, *stage) for stage in stages]
+    columns = [stage_settings(facts.recipe, facts.plans, *stage) for stage in stages]
     heading = ["", *(f"stage {number}" for number in range(1, len(stages) + 1))]
-    rows = [heading, *([name, *(column[name] for column in columns)] for name in columns[0])]
+    names = max(columns, key=len)  # of a stage that solved output projections, where one did
+    rows = [heading, *([name, *(column.get(name, "-") for column in columns)] for name in names)]
     source, taught = facts.recipe.data.source, facts.teacher or "the original model"
+    anew = any(plan.meta.repairing for plan in facts.plans)
+    solved = "solved the output projections of what stayed anew on the same text, " if anew else ""
     text = (
         f"Every stage scored its current student on text set aside for that, kept the {scored_parts(facts.plans)} with the "
-        f"highest scores, and then trained the smaller model on the next-token distributions of {taught}. Text: "
+        f"highest scores, {solved}and then trained the smaller model on the next-token distributions of {taught}. Text: "
         f"{_link(source)}; what was scored on, trained on, validated on and tested on never overlaps. The plans, index by "
         "index, are in `plans/`."
     )
     return f"{text}\n\n{card.table(rows, numbers=False)}"
-
-
-def _settings(facts: RunFacts, stage: Stage, plan: CompressionPlan, history: list[dict[str, Any]]) -> dict[str, str]:
-    """One column of the table of training settings."""
-    calibration = stage.calibration
-    said = _arguments(stage)
-    kept = [layer.neuron_score_kept for layer in plan.meta.layers if layer.neuron_score_kept is not None]
-    rows = int(said["per_device_train_batch_size"]) * int(said["gradient_accumulation_steps"])
-    trained = [int(entry["num_tokens"]) for entry in history if "num_tokens" in entry]
-    divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
-    each = " per process" if facts.recipe.accelerate else ""
-    within = {"sizes found within": str(stage.target) if stage.target.searched else "-"}
-    return {
-        **size_rows(plan, any(each.experts for each in facts.plans)),
-        **(within if any(each.target.searched for each in facts.recipe.stages) else {}),
-        "scored by": f"`{stage.criterion}` on {calibration.tokens:,} tokens, loss `{calibration.loss}`",
-        "score that stayed": f"{mean(kept):.0%}" if kept else "all",
-        "optimizer steps": f"{history[-1]['step']:,}" if history else str(said["max_steps"]),
-        "batch": f"{rows:,} rows of {facts.recipe.data.max_length:,} tokens{each}",
-        "tokens trained on": f"{trained[-1]:,}" if trained else "-",
-        "learning rate": f"{float(said['learning_rate']):g}, {card.word(said['lr_scheduler_type'])}",
-        "loss": card.loss_in_words(said),
-        "weights while training": stage.training_dtype + _mixed(said),
-        "KL to the teacher": f"{divergences[0]:.3f} → {divergences[-1]:.3f}" if divergences else "-",
-    }  # fmt: skip
-
-
-def _arguments(stage: Stage) -> dict[str, Any]:
-    """The training arguments of a stage, defaults filled in and weights read as `DistillationConfig` reads them."""
-    defaults = {
-        each.name: each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
-        for each in dataclasses.fields(DistillationConfig)
-        if each.init
-    }
-    said = {**defaults, **stage.distillation}
-    return said | {name: schedule(name, said[name]) for name in ("distillation_weight", "crossentropy_weight")}
-
-
-def _mixed(said: Mapping[str, Any]) -> str:
-    """Mixed precision, as far as the settings decide it: on its own it is the GPU's matter, which no file of a run tells."""
-    if said["fp16"]:
-        return " mixed with float16"
-    if said["bf16"] is None and not said["use_cpu"]:
-        return " (mixed with bfloat16 on a GPU that has it)"
-    return " mixed with bfloat16" if said["bf16"] else ""
 
 
 def _limits(facts: RunFacts) -> str:

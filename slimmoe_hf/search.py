@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimmoe_hf.budget import Limits, Sizes
 from slimmoe_hf.criteria import check_criteria
+from slimmoe_hf.defaults import CRITERION
 from slimmoe_hf.families import Shape, config_from
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.predicted_loss import Losses, Lost, Weights, fitted, wanted_widths
@@ -79,7 +80,7 @@ class Search(BaseModel):
     stats_sha256: str
     limits: Limits
     criterion: str
-    expert_criterion: str | None
+    expert_criterion: str
     seed: int
     candidates: list[Candidate]
     frontier: list[Candidate]
@@ -162,7 +163,7 @@ def search_plan(
     stats: ExpertStats,
     budget: int | str | None = None,
     active_budget: int | str | None = None,
-    criterion: str = "taylor",
+    criterion: str = CRITERION,
     seed: int = 0,
     expert_criterion: str | None = None,
 ) -> Search:
@@ -177,7 +178,7 @@ def search_plan(
             As written: 7.64 billion are 7.6B.
         active_budget: The same of those that a token meets.
         criterion: What chooses neurons and groups, as `make_plan` takes it. seed: For `random`.
-        expert_criterion: What chooses experts; None is `criterion`.
+        expert_criterion: What chooses experts, as `make_plan` takes it.
 
     Returns:
         The shapes with what they are predicted to lose (see `predicted_loss`); `plan` makes the plan of one.
@@ -192,13 +193,13 @@ def search_plan(
         student = apply_plan(model, found.plan(stats))
         ```
     """
-    check_criteria(criterion, expert_criterion, neurons=True, experts=True)
+    of_experts = check_criteria(criterion, expert_criterion, neurons=True, experts=True)
     sizes = _sizes(stats)
     limits = sizes.limits(budget, active_budget)
-    losses = Losses(stats, criterion, expert_criterion or criterion, seed, sizes.widths)
+    losses = Losses(stats, criterion, of_experts, seed, sizes.widths)
     found = Search(
         family=stats.meta.family, before=sizes.shape, total=sizes.whole.total, active=sizes.whole.active,
-        stats_sha256=stats.sha256, limits=limits, criterion=criterion, expert_criterion=expert_criterion, seed=seed,
+        stats_sha256=stats.sha256, limits=limits, criterion=criterion, expert_criterion=of_experts, seed=seed,
         candidates=_within(sizes, losses, limits), frontier=[], weights=Weights(), wanted={},
     )  # fmt: skip
     found = calibrated(found)
@@ -223,7 +224,7 @@ def finished(found: Search, stats: ExpertStats) -> Search:
         stats: Those that were searched.
     """
     sizes = _sizes(stats)
-    losses = Losses(stats, found.criterion, found.expert_criterion or found.criterion, found.seed, sizes.widths)
+    losses = Losses(stats, found.criterion, found.expert_criterion, found.seed, sizes.widths)
     least = sizes.of(sizes.experts[0], sizes.widths[0], sizes.groups[0])
     steps = [
         None if most is None else np.geomspace(low, most, _POINTS)

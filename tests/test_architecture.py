@@ -33,7 +33,7 @@ JOINTS = {
     "callbacks", "recipe", "pipeline", "preflight", "rundir", "report", "evaluation", "cli", "commands", "outlook", "launch",
     "stage", "memory", "tracing", "sizing", "size_command", "parsers", "command_inputs", "eval_command", "plot_command",
     "finetune_command", "finetune", "finetune_settings", "finetune_report", "tuning_data", "push_command", "cache_command",
-    "hub", "run_card", "harness", "student_training", "merge_command", "scoring", "auto_classes", "export_command",
+    "hub", "run_card", "stage_card", "harness", "student_training", "merge_command", "scoring", "auto_classes", "export_command",
     "scoring_memory", "machines", "remedies", "parser_parts", "parsers_cut", "streamed_evaluation", "steps",
     "parsers_export",
     "grid", "grid_sizes", "compare_point", "compare_worker", "compare_pool", "compare_inputs", "compare_results", "comparison",

@@ -30,6 +30,7 @@ from slimmoe_hf import (
 from slimmoe_hf.data import batches, tokenize
 from slimmoe_hf.families import moe_layers, shape_of
 from slimmoe_hf.identity import model_sha256
+from slimmoe_hf.reconstruction import reconstruct
 
 COMMON = {
     "max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False, "disable_tqdm": True,
@@ -75,10 +76,11 @@ def distillation_trainer(folder) -> Trainer:
 
 @pytest.mark.parametrize("build", [plain_trainer, sft_trainer, distillation_trainer])
 def test_every_trainer_cuts_the_same_and_trains_what_was_cut(build, tmp_path):
-    """The callback gives what the four functions give, and every expert of the slimmed model learns."""
+    """The callback gives what the functions give, and every expert of the slimmed model learns."""
     expected = tiny_model("phimoe")
-    stats = collect_stats(expected, batches(tokens(0, 4), 8, 1), "kd_topk", progress=False)
-    plan = make_plan(stats, Target(expert_width=16))
+    given = batches(tokens(0, 4), 8, 1)
+    plan = make_plan(collect_stats(expected, given, progress=False), Target(expert_width=16))
+    plan = reconstruct(expected, given, plan, progress=False)
     apply_plan(expected, plan)
 
     trainer = build(tmp_path)
@@ -106,7 +108,8 @@ def test_a_second_run_applies_the_stored_plan_instead_of_scoring(tmp_path, monke
     ("change", "named"),
     [
         ({"target": Target(expert_width=8)}, r"target: .*16.* -> .*8"),
-        ({"criterion": "energy"}, "criterion: 'taylor' -> 'energy'"),
+        ({"criterion": "taylor"}, "criterion: 'energy' -> 'taylor'"),
+        ({"reconstruct": False}, "reconstruct: True -> False"),
         ({"loss": "lm"}, "loss: 'kd_topk' -> 'lm'"),
         ({"calibration_dataset": text(4, 8)}, "calibration data: "),
     ],
@@ -166,7 +169,7 @@ def test_a_model_already_cut_is_left_alone(tmp_path):
 
 
 def test_a_plan_made_elsewhere_is_applied_and_one_of_another_model_refused(tmp_path):
-    plain_trainer(tmp_path / "a")
+    plain_trainer(tmp_path / "a", callbacks=[callback(reconstruct=False)])
     plan = CompressionPlan.load(tmp_path / "a" / "plan")
     for number, given in enumerate((plan, tmp_path / "a" / "plan")):
         trainer = plain_trainer(tmp_path / f"b{number}", callbacks=[SlimmingCallback(plan=given)])
@@ -298,7 +301,7 @@ def test_killed_and_started_again_a_callback_run_ends_the_same(tmp_path):
 
 
 def _cut_and_train(folder: Path) -> None:
-    trainer = plain_trainer(folder)
+    trainer = plain_trainer(folder, callbacks=[callback(reconstruct=False)])
     rank = torch.distributed.get_rank()
     assert torch.distributed.get_world_size() == 2
     folder.with_name(f"{folder.name}-rank{rank}").write_text(model_sha256(trainer.model))
@@ -307,9 +310,12 @@ def _cut_and_train(folder: Path) -> None:
 
 
 def test_two_processes_apply_identical_plans(tmp_path):
-    """Each sweeps its share of the batches; both apply the plan that one process alone would make, and stay equal."""
+    """Each sweeps its share of the batches; both apply the plan that one process alone would make, and stay equal.
+
+    Of slices: what is solved anew is one alone's but for the order of sums (`tests/test_reconstruction_use.py`).
+    """
     assert in_two_processes(_cut_and_train, tmp_path / "run") == [0, 0]
-    alone = plain_trainer(tmp_path / "alone")
+    alone = plain_trainer(tmp_path / "alone", callbacks=[callback(reconstruct=False)])
     cut, trained = ({(tmp_path / f"run-{what}{rank}").read_text() for rank in (0, 1)} for what in ("rank", "trained"))
     assert cut == {model_sha256(alone.model)}
     assert len(trained) == 1 and trained != cut
@@ -325,9 +331,10 @@ def test_raw_text_without_a_tokenizer_is_refused(tmp_path):
 
 def test_a_teacher_on_disk_scores_like_the_same_teacher_in_memory(tmp_path):
     save_tiny(tmp_path / "teacher", seed=1)
-    plain_trainer(tmp_path / "a", callbacks=[callback(teacher_model=tmp_path / "teacher")])
-    plain_trainer(tmp_path / "b", callbacks=[callback(teacher_model=tiny_model("phimoe", seed=1))])
-    plain_trainer(tmp_path / "own")
+    teachers = {"a": tmp_path / "teacher", "b": tiny_model("phimoe", seed=1), "own": None}
+    for name, teacher in teachers.items():
+        asked = callback(criterion="taylor", teacher_model=teacher, reconstruct=False)
+        plain_trainer(tmp_path / name, callbacks=[asked])
     a, b, own = (CompressionPlan.load(tmp_path / name / "plan") for name in ("a", "b", "own"))
     assert a.sha256 == b.sha256 != own.sha256
     assert a.meta.teacher_sha256 == b.meta.teacher_sha256 == model_sha256(tiny_model("phimoe", seed=1))

@@ -84,20 +84,18 @@ def test_reconstruction_is_a_step_with_its_memory_its_disk_and_the_setting_to_ch
         calibration = {"tokens": 512, "loss": "lm", **asked}
         return planned(tmp_path, machine, calibration=calibration, target={"expert_width": 16})[2]
 
-    before = [step.name for step in steps(CPU)]
-    found = {step.name: step for step in steps(CPU, reconstruct=True)}
+    before = [step.name for step in steps(CPU, reconstruct=False)]
+    found = {step.name: step for step in steps(CPU)}
     assert list(found) == [*before[:2], "stage-1/plan", *before[2:]]
     plan, score = found["stage-1/plan"], found["stage-1/score"]
     assert 0 < plan.memory < score.memory and plan.seconds > 0 and plan.key == score.key
     assert plan.disk == 2 * 4 * 16 * 32 * 4, "two layers of four experts, 16 neurons each, 32 values, float32"
-    streamed = next(step for step in steps(CPU, reconstruct=True, stream=True) if step.name == "stage-1/plan")
+    streamed = next(step for step in steps(CPU, stream=True) if step.name == "stage-1/plan")
     assert streamed.memory < plan.memory and streamed.passing == 2 * 512 * 32 * 4 + streamed.disk
-    plan = next(step for step in steps(GPU, reconstruct=True) if step.name == "stage-1/plan")
+    plan = next(step for step in steps(GPU) if step.name == "stage-1/plan")
     with pytest.raises(ValueError, match=r"stage-1/plan .* Set stages\.0\.calibration\.device to cpu, or its dtype"):
         check_room([plan], dataclasses.replace(GPU, memory=plan.memory // 2), None)
-    dropped = planned(
-        tmp_path, CPU, calibration={"tokens": 512, "loss": "lm", "reconstruct": True}, target={"num_experts": 3}
-    )
+    dropped = planned(tmp_path, CPU, calibration={"tokens": 512, "loss": "lm"}, target={"num_experts": 3})
     assert [step.name for step in dropped[2]] == before, "experts that go leave nothing to be solved"
 
 

@@ -122,7 +122,7 @@ def test_an_expert_that_no_token_reached_ranks_after_all_known_ones_and_among_it
 @pytest.mark.parametrize(
     ("target", "criteria", "message"),
     [
-        (Target(num_experts=3), ("energy", None), r"'energy' does not score whole experts. Set expert_criterion to one"),
+        (Target(num_experts=3), ("energy", "activation"), r"'activation' does not score whole experts. Set expert_criterion to"),
         (Target(expert_width=8), ("reap", None), r"'reap' scores whole experts only.*expert_criterion='reap'"),
         (Target(num_experts=3), ("taylor", "frequencey"), r"'frequencey' is unknown.*Did you mean frequency\?"),
         (Target(expert_width=8), ("taylor", "energy"), r"'energy' does not score whole experts"),
@@ -135,16 +135,24 @@ def test_a_criterion_that_does_not_score_what_is_cut_is_refused(target, criteria
     assert "\n" not in str(error.value)
 
 
+def test_the_defaults_are_energy_and_where_a_criterion_scores_no_experts_reap():
+    """A criterion that scores experts too chooses them, as ever; `energy` does not, and then `reap` does."""
+    stats, target = fake_stats(tiny_model("phimoe")), Target(expert_width=16, kv_groups=1, num_experts=3)
+    assert make_plan(stats, target).sha256 == make_plan(stats, target, "energy", expert_criterion="reap").sha256
+    assert make_plan(stats, target, "activation").meta.expert_criterion == "reap"
+    assert make_plan(stats, target, "taylor").meta.expert_criterion == "taylor"
+
+
 def test_plans_and_statistics_from_before_experts_could_be_dropped_still_load(tmp_path):
     stats = fake_stats(tiny_model("phimoe"))
     old = dataclasses.replace(stats, probability_LE=None, gated_norm_LE=None)
     old.save(tmp_path / "stats")
     loaded = ExpertStats.load(tmp_path / "stats")
     assert loaded.sha256 == old.sha256 != stats.sha256
-    plan = make_plan(loaded, Target(expert_width=16, num_experts=3))
-    assert plan.sha256 == make_plan(stats, Target(expert_width=16, num_experts=3)).sha256
+    plan = make_plan(loaded, Target(expert_width=16, num_experts=3), "taylor")
+    assert plan.sha256 == make_plan(stats, Target(expert_width=16, num_experts=3), "taylor").sha256
     with pytest.raises(ValueError, match=r"'reap' needs a sum that these statistics lack.*Score again"):
-        make_plan(loaded, Target(num_experts=3), "reap")
+        make_plan(loaded, Target(num_experts=3))
     narrow = make_plan(loaded, Target(expert_width=16))
     narrow.save(tmp_path / "plan")
     values = json.loads((tmp_path / "plan" / "plan.json").read_text())
@@ -197,7 +205,7 @@ def test_saved_and_loaded_a_plan_is_the_same(tmp_path):
 def test_the_hash_is_of_the_decision():
     stats = fake_stats(tiny_model("phimoe"))
     plan = make_plan(stats, Target(expert_width=16))
-    assert plan.sha256 == make_plan(stats, Target(expert_width=16), "taylor", seed=7).sha256
+    assert plan.sha256 == make_plan(stats, Target(expert_width=16), "energy", seed=7).sha256
     assert plan.sha256 != make_plan(stats, Target(expert_width=16), "random").sha256
     assert plan.sha256 != make_plan(stats, Target(expert_width=8)).sha256
 

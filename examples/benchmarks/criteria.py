@@ -29,18 +29,17 @@ from typing import Any
 import torch
 from criteria_cost import cost_of
 from criteria_points import DOMAINS, Cut, Point, Results, Teacher, name_of
-from criteria_tables import DEFAULT, Found, as_markdown
+from criteria_tables import PAPER, Found, as_markdown
 from rich import get_console
 
 from slimmoe_hf import CRITERIA
 from slimmoe_hf.commands import be_quiet
-from slimmoe_hf.criteria import EXPERT_CRITERIA
+from slimmoe_hf.criteria import EXPERT_CRITERIA, OF_GRADIENTS
 
 PARTS = ("grid", "recovery", "domain", "sequences", "cost")
-OF_GRADIENTS = ("taylor", "fisher", "output_fisher")
 BESIDE = {"activation": "frequency"}
 """Criteria that do not score experts -> what chooses experts beside them, where it is not `reap`."""
-EVERYWHERE = [DEFAULT, ("output_fisher", "lm"), ("energy", "-")]
+EVERYWHERE = [PAPER, ("output_fisher", "lm"), ("energy", "-")]
 """Criterion and calibration loss, `-` where it does not matter, of the points at every size."""
 LOOKS = (0.25, 0.5, 1.0)
 RECOVERY = {
@@ -56,8 +55,8 @@ def ways() -> Iterator[tuple[str, str]]:
 
 
 def expert_ways() -> Iterator[tuple[str, str]]:
-    """Every criterion of experts with one calibration loss, and the default."""
-    yield DEFAULT
+    """Every criterion of experts with one calibration loss, and the paper's."""
+    yield PAPER
     yield from ((criterion, "lm" if criterion in OF_GRADIENTS else "-") for criterion in EXPERT_CRITERIA)
 
 
@@ -104,13 +103,13 @@ class Run:
         return Cut(**best[0]), best[1], best[2]
 
     def finalists(self) -> list[tuple[Cut, tuple[str, str], bool]]:
-        """Plain narrowing by default, the chosen plan, the same without reconstruction, dropping; further ones if asked.
+        """Plain narrowing as in the paper, the chosen plan, the same without reconstruction, dropping; further ones if asked.
 
         The best of the kind that was not chosen (width or mix); and if a mix was, all experts at its width: equally active,
         but larger.
         """
         cut, way, again = self.chosen()
-        listed = [(self.width, DEFAULT, False), (cut, way, again), (cut, way, not again)]
+        listed = [(self.width, PAPER, False), (cut, way, again), (cut, way, not again)]
         if any((each.size, each.kind) == ("1/4", "drop") for each in self.total):
             listed.append(self.chosen(("drop",)))
         listed.append(self.chosen(("mix",) if cut.kind == "width" else ("width",)))
@@ -150,7 +149,7 @@ class Run:
     def cost(self) -> None:
         known = self.results.content["costs"]
         if self.teacher.name not in [cost["teacher"] for cost in known]:
-            text = self.teacher.text(self.point(self.width, DEFAULT, False, self.args.seeds[0]))
+            text = self.teacher.text(self.point(self.width, PAPER, False, self.args.seeds[0]))
             found = cost_of(self.teacher.shared.model, self.width.width, text)
             self.results.write(costs=[*known, {"teacher": self.teacher.name, **found}])
 

@@ -9,8 +9,8 @@ from typing import Any
 from slimmoe_hf.compare_results import Mean
 from slimmoe_hf.report import markdown
 
-DEFAULT = ("taylor", "kd_topk")
-"""Criterion and calibration loss that the commands take if nothing is said."""
+PAPER = ("taylor", "kd_topk")
+"""The paper's criterion and calibration loss: what plain narrowing goes by."""
 TARGET_NATS = 0.4
 Plan = tuple[dict[str, Any], tuple[str, str], bool]
 """What is cut to, criterion and loss, and whether it is reconstructed."""
@@ -153,7 +153,7 @@ def _shapes(found: Found) -> str:
     chosen = found.best()
     if chosen is None:
         return ""
-    ways = list(dict.fromkeys([DEFAULT, chosen[1]]))
+    ways = list(dict.fromkeys([PAPER, chosen[1]]))
     headings = (f"{words(way)}{more}" for way in ways for more in ("", " + R", ", R gains"))
     rows = [("size", "left", "parameters", "active", *headings)]
     for size in ("1/2", "1/4", "1/8"):
@@ -248,20 +248,20 @@ def _costs(found: Found) -> str:
 
 
 def _verdict(found: Found) -> str:
-    """The chosen plan beside plain narrowing with the default criterion: the target is said before, not after."""
+    """The chosen plan beside plain narrowing by the paper's criterion: the target is said before, not after."""
     chosen, width = found.best(), found.cuts("1/4", ("width",))
     if chosen is None or not width:
         return ""
     lines = [f"Chosen at a quarter: {left(chosen[0])}, {words(chosen[1])}{', reconstructed' if chosen[2] else ''}."]
     last = found.looks[-1]
     for steps in found.looks:
-        mean = found.gain(chosen, (width[0], DEFAULT, False), steps=steps)
+        mean = found.gain(chosen, (width[0], PAPER, False), steps=steps)
         if mean is not None:
             wanted = TARGET_NATS if steps == 0 else 0.0
             verdict = (
                 f" (target {wanted:g}: {'met' if mean.mean >= wanted else 'failed'})" if steps in (0, last) else ""
             )
             lines.append(
-                f"Better than plain narrowing by default after {steps} steps: {mean} nats, {len(mean.values)} seed(s){verdict}."
+                f"Better than the paper's plain narrowing after {steps} steps: {mean} nats, {len(mean.values)} seed(s){verdict}."
             )
     return "\n".join(lines)

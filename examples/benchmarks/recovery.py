@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from slimmoe_hf import run_recipe
-from slimmoe_hf.recipe import load_recipe
+from slimmoe_hf.recipe import load_recipe, reconstructing
 
 
 def measure(args: argparse.Namespace) -> dict:
-    recipe = load_recipe(args.recipe)
+    recipe = reconstructing(load_recipe(args.recipe), False)  # which neurons are kept is the question, nothing else
     rows = []
     for seed in args.seeds:
         for criterion in args.criteria:
