@@ -105,10 +105,12 @@ class Repairs:
     Attributes:
         down_proj: Absolute layer index -> `[E', D, F']`, in place of the slices (or the averages) of `W_down`.
         o_proj: Absolute layer index -> `[D, H' * C]`, in place of the slice of `o_proj`.
+        where: They lie, for errors.
     """
 
     down_proj: Held | Filed = field(default_factory=Held)
     o_proj: Held | Filed = field(default_factory=Held)
+    where: str = "plan repairs"
 
     @classmethod
     def filed(cls, places: Mapping[str, tuple[Path, Stored]], where: str) -> Repairs:
@@ -116,7 +118,7 @@ class Repairs:
 
         Args:
             places: Name, such as `down_proj.3`, -> a folder, and where in a file there.
-            where: For errors.
+            where: What to call that in errors.
 
         Raises:
             ValueError: A name that no repair has.
@@ -127,7 +129,7 @@ class Repairs:
             if kind not in kinds or not layer.isdigit():
                 raise ValueError(f"{where}: unknown tensor {name}.")
             kinds[kind][int(layer)] = place
-        return cls(*(Filed(kinds[kind]) for kind in REPAIR_KINDS))
+        return cls(*(Filed(kinds[kind]) for kind in REPAIR_KINDS), where=where)
 
     @classmethod
     def load(cls, folder: Path) -> Repairs:
@@ -199,8 +201,7 @@ class Repairs:
         """Raise ValueError unless these are the weights that were solved; all of them are read, one expert at a time."""
         if self and (repairing is None or repairing.sha256 != self.sha256):
             raise ValueError(
-                f"plan repairs: the weights are not those that were solved ({FILE} is damaged, or of another plan). Make the "
-                "plan again."
+                f"{self.where}: not the weights that were solved: damaged, or of another plan. Make the plan again."
             )
 
     def check(self, experts: Mapping[int, int], groups: Collection[int], after: Shape) -> None:

@@ -100,7 +100,7 @@ def _filed(files: Mapping[int, Path]) -> Repairs:
         for kind in REPAIR_KINDS
         if kind in header
     }
-    return Repairs.filed(places, "repairs")
+    return Repairs.filed(places, str(next(iter(files.values())).parent))
 
 
 def _shares(file: Path) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from slimmoe_hf import layer_repair
-from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.checkpoint import _Run, slim_checkpoint
 from slimmoe_hf.describe import compare_plans, describe_plan
 from slimmoe_hf.families import FAMILIES, SWITCH, family_of, layer_views, moe_layers
 from slimmoe_hf.identity import model_sha256
-from slimmoe_hf.loading import load_model
+from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.merged_forms import duplicate_merged, share_merged, unshare
 from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
@@ -403,7 +403,7 @@ def _flip(file: Path) -> None:
     [
         pytest.param(Path.unlink, "missing or damaged", id="missing"),
         pytest.param(_cut_short, "missing or damaged", id="cut short"),
-        pytest.param(_flip, "not those that were solved", id="one bit"),
+        pytest.param(_flip, "repairs.safetensors: not the weights that were solved", id="one bit"),
     ],
 )
 def test_damaged_repairs_are_found_before_anything_is_cut(damage, what, tmp_path: Path):
@@ -415,6 +415,29 @@ def test_damaged_repairs_are_found_before_anything_is_cut(damage, what, tmp_path
         with pytest.raises(ValueError, match=what):
             cut_to(CompressionPlan.load(tmp_path / "plan"))
     assert model_sha256(model) == before and not list(tmp_path.glob("*out*"))
+
+
+def test_a_cut_with_repairs_continues_where_it_was_stopped_with_the_plan_read_anew(tmp_path: Path, monkeypatch):
+    model = tiny_model("phimoe")
+    source, plan = saved(tmp_path / "source", model), solved(model, random_plan(model, whole_target("phimoe")))
+    plan.save(tmp_path / "plan")
+    slim_checkpoint(source, plan, tmp_path / "whole", shard_bytes=10_000)
+    real, written = _Run._write_shard, []
+
+    def write(run, name, *given):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(name)
+        return real(run, name, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_Run, "_write_shard", write)
+        slim_checkpoint(source, CompressionPlan.load(tmp_path / "plan"), tmp_path / "out", shard_bytes=10_000)
+    again = []
+    monkeypatch.setattr(_Run, "_write_shard", lambda run, name, *given: again.append(name) or real(run, name, *given))
+    slim_checkpoint(source, CompressionPlan.load(tmp_path / "plan"), tmp_path / "out", shard_bytes=10_000)
+    assert again and not set(again) & set(written)
+    assert weights_sha256(tmp_path / "out") == weights_sha256(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
