@@ -96,8 +96,8 @@ def reconstruct(
             with layer.listening() as wanted:
                 text.pass_by(view, wanted)
             found[view.index] = layer.solve(ridge, dtypes)
-    kinds = (Held({layer: each[kind] for layer, each in found.items() if kind in each}) for kind in REPAIR_KINDS)
-    repairs = Repairs(*kinds)
+    down, out = (Held({layer: each[kind] for layer, each in found.items() if kind in each}) for kind in REPAIR_KINDS)
+    repairs = Repairs(down, out)
     repairing = Repairing(ridge=ridge, tokens=seen.tokens, data_sha256=data_sha256, sha256=repairs.sha256)
     return with_repairs(plan, repairs, found, repairing, fingerprint)
 

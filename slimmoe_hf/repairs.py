@@ -129,7 +129,7 @@ class Repairs:
             if kind not in kinds or not layer.isdigit():
                 raise ValueError(f"{where}: unknown tensor {name}.")
             kinds[kind][int(layer)] = place
-        return cls(*(Filed(kinds[kind]) for kind in REPAIR_KINDS), where=where)
+        return cls(Filed(kinds["down_proj"]), Filed(kinds["o_proj"]), where)
 
     @classmethod
     def load(cls, folder: Path) -> Repairs:
