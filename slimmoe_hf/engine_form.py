@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
 
 from slimmoe_hf.checkpoint import SHARD_BYTES, carry
 from slimmoe_hf.cuts import Cut, as_published, name_shards, write_index
-from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate
+from slimmoe_hf.disk import Part, check_tied, expected_shapes, locate, meta_model
 from slimmoe_hf.engine_rules import BEGINNING, TOKENIZER
 from slimmoe_hf.families import config_from
 from slimmoe_hf.loading import load_config, weight_files
@@ -47,8 +48,7 @@ def write_engine_form(source: Path, destination: Path) -> None:
     parts = locate(config, stored, str(source))
     check_tied(config, stored, source)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    read = config.to_dict()
-    values |= {key: read[key] for key in _SPELLED if values.get(key) is None and read.get(key) is not None}
+    values |= _spelled_out(config, values)
     if any(part.scale is not None for part in parts.values()):
         values["dtype"] = "bfloat16"  # FP8, undone while it is read
     values = engine_config(values)
@@ -57,6 +57,15 @@ def write_engine_form(source: Path, destination: Path) -> None:
     (destination / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     carry(source, destination)
     rewrite_tokenizer(destination)
+
+
+def _spelled_out(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """What transformers takes for granted where a `config.json` does not say it, and engines do not."""
+    read = config.to_dict()
+    found = {key: read[key] for key in _SPELLED if values.get(key) is None and read.get(key) is not None}
+    if read.get("rope_parameters"):
+        found["rope_parameters"] = read["rope_parameters"]
+    return {**found, "architectures": [type(meta_model(config)).__name__]}
 
 
 def engine_config(values: dict[str, Any]) -> dict[str, Any]:

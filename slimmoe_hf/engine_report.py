@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Reason(BaseModel):
     mended: bool
 
 
+def _worst(reasons: Iterable[Reason]) -> Effect:
+    return min((reason.effect for reason in reasons), key=_WORST.index, default="loads")
+
+
 class Verdict(BaseModel):
     """What one engine does with a checkpoint.
 
@@ -63,12 +67,16 @@ class Verdict(BaseModel):
     quantised: list[str]
 
     @property
+    def exported(self) -> Effect:
+        """What the effect would be after an export."""
+        return _worst(reason for reason in self.reasons if not reason.mended)
+
+    @property
     def words(self) -> str:
         """The effect as users read it, and what it would be after an export."""
-        stay = [reason.effect for reason in self.reasons if not reason.mended]
-        left = min(stay, key=_WORST.index, default="loads")
-        then = "loads on a condition" if left == "loads" and stay else _WORDS[left]
-        if left == self.effect:
+        open_ = self.exported == "loads" and not all(reason.mended for reason in self.reasons)
+        then = "loads on a condition" if open_ else _WORDS[self.exported]
+        if self.exported == self.effect:
             return then
         return f"{_WORDS[self.effect]} as it is; after slimmoe export --for {self.engine}: {then}"
 
@@ -104,7 +112,7 @@ def _verdict(name: str, engine: Engine, facts: Facts) -> Verdict:
     reasons = _reasons(engine, facts)
     return Verdict(
         engine=name, title=engine.title, version=engine.version, read=engine.read, package=engine.package, known=known,
-        effect=min((reason.effect for reason in reasons), key=_WORST.index, default="loads"), reasons=reasons, runs=runs,
+        effect=_worst(reasons), reasons=reasons, runs=runs,
         quantised=_unfit(engine, facts.shape) if known and facts.shape is not None else [],
     )  # fmt: skip
 

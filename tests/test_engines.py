@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import every_family_and_layout, model_and_stats, saved
 from engine_variants import IDS, ORDER, VARIANTS, effects, save_expected, save_variant
 from safetensors.torch import load_file
-from test_conformance import every_family_and_layout, model_and_stats, saved
-from tiny import save_tiny, tiny_batch, tiny_model, tiny_tokenizer
+from tiny import FAMILY_NAMES, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,6 +118,19 @@ def test_an_export_of_any_family_is_what_plain_transformers_wants(family: str, t
     reloaded, info = auto_class(model.config).from_pretrained(tmp_path / "exported", **kwargs)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(reloaded.eval()(**tiny_batch()).logits, model(**tiny_batch()).logits)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_an_export_mends_what_the_report_says_it_mends(family: str, tmp_path: Path):
+    source = save_tiny(tmp_path / "source", family)
+    values = json.loads((source / "config.json").read_text())
+    silent = ("architectures", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "norm_topk_prob")
+    values |= {"rope_theta": values["rope_parameters"]["rope_theta"]}
+    (source / "config.json").write_text(json.dumps({key: values[key] for key in values if key not in silent}))
+    promised = {verdict.engine: verdict.exported for verdict in assess(source)}
+    assert promised["mlx"] == promised["transformers4"] == "loads" != verdicts(source)["transformers4"]
+    write_engine_form(source, tmp_path / "output")
+    assert verdicts(tmp_path / "output") == promised
 
 
 @pytest.mark.parametrize("begins", [True, False])
