@@ -219,12 +219,7 @@ class FactoredExperts(nn.Module):
 
 
 def expert_modules(model: PreTrainedModel) -> dict[str, Any]:
-    """Path -> experts module of every layer that has experts, in order.
-
-    Raises:
-        ValueError: The model is of no family whose experts are known here.
-    """
-    _layout(model.config)
+    """Path -> experts module of every layer that has experts, in order."""
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(experts)]: experts for _, experts, _ in moe_layers(model)}
 

@@ -40,7 +40,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise ValueError(
             f"a {model_type} is a model of several parts. Save its language model by itself ({part['model_type']}), and slim it."
         )
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
+    near = difflib.get_close_matches(model_type, FAMILIES, n=1, cutoff=0.7)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"model_type={model_type!r} is not a Mixture-of-Experts family that slimmoe_hf knows (slimmoe env --families lists "

@@ -36,9 +36,11 @@ from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.disk import auto_class, published_shapes
 from slimmoe_hf.evaluation import count_parameters, measure_loss
+from slimmoe_hf.factorization import densify, factor_experts
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, routing_groups, shape_of
 from slimmoe_hf.limits import possible_experts, refuse_merging
 from slimmoe_hf.loading import load_model
+from slimmoe_hf.merged_forms import duplicate_merged, share_merged
 from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.plan import Target, make_plan, validate_target
 from slimmoe_hf.reconstruction import reconstruct
@@ -222,6 +224,23 @@ def test_merged_in_memory_equals_merged_on_disk_or_is_refused_with_the_reason(fa
     save_checkpoint(apply_plan(model, plan), tiny_tokenizer(), tmp_path / "in-memory", "float32")
     require_same_checkpoint(tmp_path / "on-disk", tmp_path / "in-memory")
     assert load_model(tmp_path / "on-disk")(**tiny_batch()).logits.shape[-1] == VOCAB_SIZE
+
+
+@every_family
+@torch.no_grad()
+def test_shared_experts_and_factored_ones_say_what_dense_ones_say_or_are_refused(family: str):
+    model, stats = model_and_stats(family)
+    if not (FAMILIES[family].no_merge or routing_groups(model.config)[0] > 1):
+        plan = plan_merge(model, stats, fewer_experts(model), counts="adaptive")
+        shared, copied = (make(copy.deepcopy(model), plan) for make in (share_merged, duplicate_merged))
+        assert torch.equal(shared(**tiny_batch()).logits, copied(**tiny_batch()).logits)
+    factored, layout = copy.deepcopy(model), FAMILIES[family].layout
+    if not (layout.plain or layout.unit is not None):
+        with pytest.raises(ValueError, match=f"the experts of a {family} cannot be factored"):
+            factor_experts(factored, rank=8)
+        return
+    logits = factor_experts(factored, rank=8)(**tiny_batch()).logits
+    assert_close(densify(factored)(**tiny_batch()).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 @every_width_and_layout

@@ -207,8 +207,8 @@ def test_the_row_says_where_the_experts_are():
     names = {name for name, _ in model.named_parameters()}
     family = FAMILIES[SWITCH]
     for paths in family.paths(model.config)[1::2]:
-        for name, _ in family.disk.projections:
-            assert f"{paths.feed_forward}.{name.format(3)}" in names
+        for piece in family.pieces:
+            assert f"{paths.feed_forward}.{piece.name.format(3)}" in names
         assert f"{paths.feed_forward}.{family.disk.router}" in names
 
 
