@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import every_family_and_layout, model_and_stats, saved
+from conformance import FAST, model_and_stats, rows, saved
 from engine_variants import IDS, ORDER, VARIANTS, effects, save_expected, save_variant
 from safetensors.torch import load_file
 from tiny import FAMILY_NAMES, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
@@ -109,7 +109,7 @@ def test_an_export_of_fused_experts_is_the_same_function_and_leaves_its_source_a
     )
 
 
-@every_family_and_layout
+@pytest.mark.parametrize("family", rows(FAST))
 @torch.no_grad()
 def test_an_export_of_any_family_is_what_plain_transformers_wants(family: str, tmp_path: Path):
     model = model_and_stats(family)[0]
