@@ -36,6 +36,18 @@ def test_the_readme_has_the_table_as_it_is():
     assert text.split(begin)[1].split(end)[0] == markdown()
 
 
+def test_the_readme_names_those_whose_experts_are_not_factored():
+    odd = [f"`{name}`" for name, row in FAMILIES.items() if not (row.layout.plain or row.layout.unit is not None)]
+    assert f"takes all but {', '.join(odd[:-1])} and {odd[-1]}." in README.read_text()
+
+
+def test_a_model_of_several_parts_is_told_which_of_them_can_be_slimmed():
+    with pytest.raises(
+        ValueError, match=r"a aria is a model of several parts. .* language model by itself \(aria_text\)"
+    ):
+        family_of(AutoConfig.for_model("aria"))
+
+
 def test_the_command_prints_it_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["env", "--families", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
