@@ -162,7 +162,7 @@ def score_stage(number: int, stats: ExpertStats, plan: CompressionPlan) -> Score
 
     (kept_B, kept_below), (dropped_B, dropped_below) = count(kept), count(dropped)
     return ScoreStage(
-        stage=number, criterion=meta.criterion, unit=_UNITS.get(meta.criterion, "arbitrary unit"),
+        stage=number, criterion=meta.criterion, unit=_UNITS.get(meta.criterion, "arbitrary units"),
         edges=[float(f"{10**edge:.6g}") for edge in edges.tolist()],
         kept=kept_B, dropped=dropped_B, kept_below=kept_below, dropped_below=dropped_below,
         zeros=int((every == 0).sum()),
