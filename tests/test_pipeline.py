@@ -408,6 +408,8 @@ def test_experts_go_over_stages_and_everything_that_is_written_says_so(home: Pat
     assert "neurons and experts were scored on real text" in card
     assert "every layer from 4 to 2 experts, every expert from 32 to 16 neurons" in card and "experts stay" not in card
     assert "| experts per layer | 4 → 3 | 3 → 2 |" in card and "`reap`, " in card and "`frequency`, " in card
-    assert "| output projections | - | solved anew on 1,024 tokens " in card, "experts that go leave nothing to be solved"
+    assert "| output projections | - | solved anew on 1,024 tokens " in card, (
+        "experts that go leave nothing to be solved"
+    )
     kept = draw([tmp_path / "run"], tmp_path / "plots")[0]
     assert "Cut: layers to 2 of 4 experts" in json.loads(kept.json.read_text())["title"]

@@ -130,7 +130,7 @@ def test_kept_equals_statistics_and_plan(finished: Path):
     for stage in picture.stages:
         stats = ExpertStats.load(finished / f"stage-{stage.stage}" / "stats.safetensors")
         plan = CompressionPlan.load(finished / f"stage-{stage.stage}" / "plan")
-        scores = CRITERIA["taylor"](stats, 0).neurons_LEF.numpy()
+        scores = CRITERIA[plan.meta.criterion](stats, 0).neurons_LEF.numpy()
         norms = magnitude(stats).neurons_LEF.numpy()
         for row, layer in enumerate(stats.meta.layers):
             totals = scores[row].sum(-1)
@@ -152,12 +152,13 @@ def test_scores_count_every_neuron_once_and_cut_where_the_plan_cuts(finished: Pa
     for stage in picture.stages:
         stats = ExpertStats.load(finished / f"stage-{stage.stage}" / "stats.safetensors")
         plan = CompressionPlan.load(finished / f"stage-{stage.stage}" / "plan")
+        scores_LEF = CRITERIA[plan.meta.criterion](stats, 0).neurons_LEF
         kept, dropped, cuts = [], [], []
         for row, layer in enumerate(stats.meta.layers):
             for expert in range(NUM_EXPERTS):
                 if stats.tokens_LE[row, expert] == 0:
                     continue
-                scores = stats.taylor_LEF[row, expert].numpy()
+                scores = scores_LEF[row, expert].numpy()
                 stays = np.isin(np.arange(len(scores)), plan.neurons[layer][expert].numpy())
                 kept += scores[stays].tolist()
                 dropped += scores[~stays].tolist()
