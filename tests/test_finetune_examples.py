@@ -95,7 +95,10 @@ def test_distill_with_callback_slims_and_recovers(tmp_path: Path):
 
 @pytest.mark.slow
 def test_distill_chat_brings_the_student_nearer_to_its_teacher(chats: Path, tmp_path: Path):
-    """Slow: cuts the shipped model by its command, and distils it on chats."""
+    """Slow: cuts the shipped model by its command, and distils it on chats.
+
+    To slices: solved anew on these very chats it begins so near to its teacher that 20 steps take it away (0.406 -> 0.428).
+    """
     slim = [
         "slim",
         str(TEACHER),
@@ -107,6 +110,7 @@ def test_distill_chat_brings_the_student_nearer_to_its_teacher(chats: Path, tmp_
         "128",
         "--expert-width",
         "128",
+        "--no-reconstruct",
     ]
     assert cli.main([*slim, "--output", str(tmp_path / "slimmed")]) == 0
     said = script(
