@@ -22,12 +22,14 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimmoe_hf.defaults import CALIBRATION_LOSS, NO_LOSS
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import LayerView, family_of, layer_views, moe_layers, shape_of
 from slimmoe_hf.identity import model_fingerprint, model_sha256
 from slimmoe_hf.losses import cross_entropy, forward_kl
 from slimmoe_hf.stats import ExpertStats, StatsMeta
-from slimmoe_hf.taps import Batch, Sweep, tapped
+from slimmoe_hf.sweeps import Batch, Sweep
+from slimmoe_hf.taps import tapped
 
 KD_TOP_K = 8
 """Entries of the teacher's distribution that `kd_topk` looks at (SlimMoE, arXiv 2506.18349)."""
@@ -49,7 +51,7 @@ def kd_topk_loss(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor)
     return forward_kl(logits_NV, teacher_logits_NV, top_k=KD_TOP_K, add_tail=False)
 
 
-CALIBRATION_LOSSES: dict[str, TokenLoss] = {"lm": lm_loss, "kd_topk": kd_topk_loss}
+CALIBRATION_LOSSES: dict[str, TokenLoss | None] = {"lm": lm_loss, "kd_topk": kd_topk_loss, NO_LOSS: None}
 
 
 @contextmanager
@@ -86,7 +88,7 @@ def next_tokens(batch: Batch) -> Tensor:
 def collect_stats(
     model: PreTrainedModel,
     dataloader: Iterable[Batch],
-    loss: str | TokenLoss = "kd_topk",
+    loss: str | TokenLoss = CALIBRATION_LOSS,
     teacher: PreTrainedModel | None = None,
     *,
     progress: bool = True,
@@ -104,7 +106,8 @@ def collect_stats(
             is not predicted), `position_ids` (a 0 starts a new document). An encoder-decoder needs `labels`; its decoder's
             positions with a label of -100 count as padding.
         loss: What is differentiated: `kd_topk` (the paper's), `lm` (cross-entropy), or a function of
-            `(logits_NV, teacher_logits_NV, labels_N)` giving one value per token.
+            `(logits_NV, teacher_logits_NV, labels_N)` giving one value per token. `none` is one forward pass and no more: it
+            asks no teacher, and leaves out the sums that only `criteria.OF_GRADIENTS` and a search for a budget look at.
         teacher: The model to be faithful to. Default: the model itself, which is the paper's first stage.
         progress: Show a progress bar with the time left.
         expert_outputs: Run every expert on every token too, for merging by what experts say; it takes E/K times as long.
@@ -113,18 +116,24 @@ def collect_stats(
         Sums over the data; divide by the tokens in `meta` for means.
 
     Raises:
-        ValueError: Unknown family or loss, no data, or a loss that is not finite (named by batch).
+        ValueError: Unknown family or loss, no data, a teacher with `none`, or a loss that is not finite (named by batch).
     """
     token_loss = loss_named(loss)
     family_of(model.config)
     refuse_own_form(model)
-    sweep, seen, views = Sweep(family_of(model.config).encoder_decoder), Seen(), layer_views(model)
+    if token_loss is None and teacher is not None:
+        raise ValueError(f"calibration loss {NO_LOSS!r} compares with no teacher. Leave teacher out, or take kd_topk.")
+    sweep = Sweep(family_of(model.config).encoder_decoder, gradients=token_loss is not None)
+    seen, views = Seen(), layer_views(model)
     total = len(dataloader) if isinstance(dataloader, Sized) else None
     with _frozen(model), tapped(model, views, sweep, expert_outputs) as sums:
         for number, given in enumerate(track(dataloader, "Scoring", total=total, disable=not progress)):
             batch = {name: value.to(model.device) for name, value in given.items()}
             sweep.start(batch)
-            _backward(model, teacher, token_loss, batch, number, sweep)
+            if token_loss is None:
+                _forward(model, batch)
+            else:
+                _backward(model, teacher, token_loss, batch, number, sweep)
             seen.add(batch, sweep)
     tensors = stack_layers([each.tensors() for each in sums])
     add_up(tensor for name, tensor in tensors.items() if name not in ExpertStats.MAXIMA)
@@ -147,8 +156,8 @@ def collect_stats(
     return ExpertStats(meta=meta, **tensors, **norms)
 
 
-def loss_named(loss: str | TokenLoss) -> TokenLoss:
-    """The calibration loss of a name; a function is one already. Raises ValueError for an unknown name."""
+def loss_named(loss: str | TokenLoss) -> TokenLoss | None:
+    """The calibration loss of a name, None of `none`; a function is one already. Raises ValueError for an unknown name."""
     if not isinstance(loss, str):
         return loss
     if loss not in CALIBRATION_LOSSES:
@@ -200,17 +209,26 @@ def seen_in(batches: Iterable[Batch], encoder_decoder: bool = False) -> Seen:
     return seen
 
 
+def _inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """What the model is given: of an encoder-decoder, position t the labels before t."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        whole: Any = model
+        inputs["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return inputs
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, batch: Batch) -> None:
+    """Through the layers alone, where the model has its output head apart from them."""
+    model.base_model(**_inputs(model, batch), use_cache=False)
+
+
 def _backward(
     model: PreTrainedModel, teacher: PreTrainedModel | None, loss: TokenLoss, batch: Batch, number: int, sweep: Sweep
 ) -> None:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if model.config.is_encoder_decoder:  # position t is given the labels before t, and predicts labels[t]
-        labels_N = batch["labels"].flatten()
-        if "decoder_input_ids" not in inputs:
-            whole: Any = model
-            inputs["decoder_input_ids"] = whole.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    else:
-        labels_N = next_tokens(batch).flatten()
+    inputs = _inputs(model, batch)
+    labels_N = (batch["labels"] if model.config.is_encoder_decoder else next_tokens(batch)).flatten()
     predicted = labels_N != -100
     with torch.enable_grad():
         logits_NV = model(**inputs, use_cache=False).logits.flatten(0, 1)[predicted]

@@ -23,9 +23,9 @@ from trl import SFTConfig
 
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.calibration import collect_stats
-from slimmoe_hf.criteria import check_criteria
+from slimmoe_hf.criteria import calibration_loss, check_criteria
 from slimmoe_hf.data import batches, dataset_hash, tokenize, tokenize_pairs
-from slimmoe_hf.defaults import CRITERION, reconstructs
+from slimmoe_hf.defaults import CRITERION, NO_LOSS, reconstructs
 from slimmoe_hf.disk import auto_class
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import shape_of
@@ -54,7 +54,8 @@ class SlimmingCallback(TrainerCallback):
         criterion: A name in `CRITERIA`; where only experts are dropped, of `expert_criterion`'s.
         calibration_dataset: Text to score with: any TRL format (`text`, `messages`, `prompt` + `completion`), or
             already tokenised (`input_ids`). Keep it apart from the training data.
-        loss: `kd_topk` (the paper's) or `lm`; it matters to criteria of gradients.
+        loss: `kd_topk` (the paper's) or `lm`, for criteria of gradients; `none` takes one forward pass. Default: `none` where
+            the criteria look at no gradients, else `kd_topk`.
         teacher_model: For `kd_topk`: a model, or its path or id. Default: the model itself before the cut, which is
             the paper's first stage.
         plan: A plan made elsewhere, or its folder; nothing is scored then.
@@ -86,7 +87,7 @@ class SlimmingCallback(TrainerCallback):
         criterion: str = CRITERION,
         calibration_dataset: Dataset | None = None,
         *,
-        loss: str = "kd_topk",
+        loss: str | None = None,
         teacher_model: str | Path | PreTrainedModel | None = None,
         plan: CompressionPlan | str | Path | None = None,
         max_length: int | None = None,
@@ -108,7 +109,8 @@ class SlimmingCallback(TrainerCallback):
             )
         if target is not None:
             check_criteria(criterion, expert_criterion, **target.asks)
-        self.target, self.criterion, self.dataset, self.loss = target, criterion, calibration_dataset, loss
+        self.target, self.criterion, self.dataset = target, criterion, calibration_dataset
+        self.loss = calibration_loss(loss, criterion, expert_criterion)
         self.expert_criterion, self.reconstruct = expert_criterion, reconstructs(reconstruct)
         self.teacher_model, self.max_length, self.batch_size, self.seed = teacher_model, max_length, batch_size, seed
         self.given = CompressionPlan.load(plan) if isinstance(plan, (str, Path)) else plan
@@ -171,11 +173,14 @@ class SlimmingCallback(TrainerCallback):
         teacher = self.teacher_model
         name = model_sha256(teacher) if isinstance(teacher, PreTrainedModel) else teacher and str(teacher)
         assert self.target is not None
+        forward = (
+            calibration_loss(None, self.criterion, self.expert_criterion) == NO_LOSS
+        )  # whatever was differentiated
         return {
             "target": self.target.model_dump(exclude_none=True),
             "criterion": self.criterion,
             "expert_criterion": self.expert_criterion,
-            "loss": self.loss,
+            **({} if forward else {"loss": self.loss}),
             "seed": self.seed,
             "reconstruct": self.reconstruct,
             "teacher_model": name,
@@ -207,7 +212,7 @@ class SlimmingCallback(TrainerCallback):
     def _score(self, model: PreTrainedModel, rows: Dataset, request: dict[str, Any]) -> CompressionPlan:
         assert self.target is not None
         validate_target(model.config, self.target)
-        teacher = self.teacher_model
+        teacher = self.teacher_model if self.loss != NO_LOSS else None
         if isinstance(teacher, (str, Path)):
             loaded: Any = auto_class(model.config).from_pretrained(teacher, dtype=model.dtype)
             teacher = loaded.to(model.device).eval()

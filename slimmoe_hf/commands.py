@@ -50,6 +50,7 @@ from slimmoe_hf.command_inputs import (
 )
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import dataset_hash, load_documents, tokenize
+from slimmoe_hf.defaults import CALIBRATION_LOSS
 from slimmoe_hf.describe import compare_plans, describe_plan, super_notes
 from slimmoe_hf.families import FAMILIES
 from slimmoe_hf.family_table import COLUMNS, supported
@@ -127,7 +128,7 @@ def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     require(args, "model", "data", "output")
     output = output_path(args, file=True)
-    stats = scored(args, output)
+    stats = scored(args, output, args.loss or CALIBRATION_LOSS)  # a later plan may look at gradients
     stats.save(output)
     remove_work(args, output)
     size = "--num-experts E" if FAMILIES[stats.meta.family].no_width else "--expert-width N"

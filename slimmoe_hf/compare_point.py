@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from slimmoe_hf.atomic import write_text
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize
+from slimmoe_hf.defaults import CALIBRATION_LOSS
 from slimmoe_hf.evaluation import count_parameters, measure_loss
 from slimmoe_hf.factored import FactoredWeight, factored_weights
 from slimmoe_hf.factorization import factor_experts
@@ -177,9 +178,9 @@ def _calibration(bench: Bench, point: Point, part: int, parts: int) -> list[dict
 
 def _sweep(bench: Bench, point: Point, model: PreTrainedModel, part: int, parts: int) -> ExpertStats:
     """Statistics on a part of the calibration sample; after the first, against the original model."""
-    assert point.calibration is not None
+    assert point.calibration is not None and point.calibration.loss is not None
     loss = point.calibration.loss
-    teacher = load_model(bench.model, device=device()) if part and loss == "kd_topk" else None
+    teacher = load_model(bench.model, device=device()) if part and loss == CALIBRATION_LOSS else None
     given = _calibration(bench, point, part, parts)
     return collect_stats(model, given, loss=loss, teacher=teacher, progress=False)
 

@@ -146,7 +146,7 @@ class _Comparison:
         versions = {"slimmoe_hf": slimmoe_hf.__version__, "torch": torch.__version__}
         return Point.model_validate({
             "shared": self.shared.folder.name, "method": method.model_copy(update={"name": "-"}), "seed": seed,
-            "split": split, "calibration": grid.calibration if scored else None,
+            "split": split, "calibration": grid.sweep if scored else None,
             "recovery": {**grid.recovery, "learning_rate": rate}, "max_length": grid.data.max_length,
             "packing": grid.data.packing, "batch_size": grid.batch_size,
             "threads": grid.threads if device().type == "cpu" else 0,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slimmoe_hf.defaults import EXPERT_CRITERION
+from slimmoe_hf.defaults import CALIBRATION_LOSS, EXPERT_CRITERION, NO_LOSS
 from slimmoe_hf.stats import ExpertStats
 
 
@@ -39,17 +39,38 @@ def _per_routed_token(stats: ExpertStats, sums_LEF: Tensor) -> Tensor:
     return sums_LEF / stats.tokens_LE.clamp(min=1).unsqueeze(-1)
 
 
+def of_gradients(values: Tensor | None, what: str) -> Tensor:
+    """A sum over gradients, where the statistics have it.
+
+    Args:
+        values: Of the statistics.
+        what: Asks for it, for people.
+
+    Raises:
+        ValueError: They were taken without gradients.
+    """
+    if values is None:
+        forward = [name for name in (*CRITERIA, *EXPERT_CRITERIA) if name not in OF_GRADIENTS]
+        raise ValueError(
+            f"{what} looks at gradients, and these statistics were scored without (loss {NO_LOSS}). Score again with --loss "
+            f"{CALIBRATION_LOSS}, or take a criterion of: {', '.join(dict.fromkeys(forward))}; a budget needs gradients."
+        )
+    return values
+
+
 def taylor(stats: ExpertStats, seed: int = 0) -> Scores:
     """Sum over sequences of the absolute mask gradient, in nats: first-order change of the loss (SlimMoE, 2506.18349).
 
     The paper does not print its formula; taking the absolute value per sequence is our choice.
     """
-    return Scores(stats.taylor_LEF, _by_group(stats, stats.head_taylor_AH))
+    neurons, heads = (of_gradients(each, "criterion 'taylor'") for each in (stats.taylor_LEF, stats.head_taylor_AH))
+    return Scores(neurons, _by_group(stats, heads))
 
 
 def fisher(stats: ExpertStats, seed: int = 0) -> Scores:
     """Sum over sequences of the squared mask gradient: the diagonal of the empirical Fisher matrix of the masks."""
-    return Scores(stats.fisher_LEF, _by_group(stats, stats.head_fisher_AH))
+    neurons, heads = (of_gradients(each, "criterion 'fisher'") for each in (stats.fisher_LEF, stats.head_fisher_AH))
+    return Scores(neurons, _by_group(stats, heads))
 
 
 def output_fisher(stats: ExpertStats, seed: int = 0) -> Scores:
@@ -57,8 +78,10 @@ def output_fisher(stats: ExpertStats, seed: int = 0) -> Scores:
 
     For groups the analogue on the heads' outputs (our choice).
     """
-    neurons = _per_routed_token(stats, stats.act_sq_LEF) * _per_routed_token(stats, stats.grad_sq_LEF)
-    heads = stats.head_act_sq_AH * stats.head_grad_sq_AH / stats.meta.tokens**2
+    name = "criterion 'output_fisher'"
+    grad_sq_LEF, grad_sq_AH = (of_gradients(each, name) for each in (stats.grad_sq_LEF, stats.head_grad_sq_AH))
+    neurons = _per_routed_token(stats, stats.act_sq_LEF) * _per_routed_token(stats, grad_sq_LEF)
+    heads = stats.head_act_sq_AH * grad_sq_AH / stats.meta.tokens**2
     return Scores(neurons, _by_group(stats, heads))
 
 
@@ -86,7 +109,7 @@ def magnitude(stats: ExpertStats, seed: int = 0) -> Scores:
 def random(stats: ExpertStats, seed: int = 0) -> Scores:
     """Uniform noise from `seed`: the baseline every comparison must carry."""
     generator = torch.Generator().manual_seed(seed)
-    neurons = torch.rand(stats.taylor_LEF.shape, generator=generator, dtype=torch.float64)
+    neurons = torch.rand(stats.act_sq_LEF.shape, generator=generator, dtype=torch.float64)
     return Scores(neurons, torch.rand(stats.group_norm_AG.shape, generator=generator, dtype=torch.float64))
 
 
@@ -115,12 +138,12 @@ def _stored(stats: ExpertStats, name: str, values_LE: Tensor | None) -> Tensor:
 
 def expert_taylor(stats: ExpertStats, seed: int = 0) -> Tensor:
     """Sum over an expert's neurons of `taylor`, as a group's is over its heads (our choice). `[L, E]`, nats."""
-    return stats.taylor_LEF.sum(-1)
+    return taylor(stats).neurons_LEF.sum(-1)
 
 
 def expert_fisher(stats: ExpertStats, seed: int = 0) -> Tensor:
     """Sum over an expert's neurons of `fisher`. `[L, E]`."""
-    return stats.fisher_LEF.sum(-1)
+    return fisher(stats).neurons_LEF.sum(-1)
 
 
 def expert_output_fisher(stats: ExpertStats, seed: int = 0) -> Tensor:
@@ -231,6 +254,30 @@ def check_criteria(criterion: str, expert_criterion: str | None = None, *, neuro
             f"criterion {chosen!r} does not score whole experts. Set expert_criterion to one of {', '.join(EXPERT_CRITERIA)}."
         )
     return chosen
+
+
+def calibration_loss(
+    asked: str | None, criterion: str, expert_criterion: str | None = None, *, searched: bool = False
+) -> str:
+    """What a sweep differentiates: what was asked for, or else nothing where nobody looks at gradients.
+
+    Args:
+        asked: The loss that somebody named; None is nobody.
+        criterion: Of neurons and groups. expert_criterion: Of experts, where it has one of its own.
+        searched: Shapes within a budget are compared, by `output_fisher`.
+
+    Raises:
+        ValueError: `none`, where gradients are looked at.
+    """
+    looking = [f"criterion {name!r}" for name in (criterion, expert_criterion) if name in OF_GRADIENTS]
+    looking += ["a search for a budget"] * searched
+    if asked is None:
+        return CALIBRATION_LOSS if looking else NO_LOSS
+    if asked == NO_LOSS and looking:
+        raise ValueError(
+            f"loss {NO_LOSS!r}: {looking[0]} looks at gradients, and it has none. Leave the loss out, or take {CALIBRATION_LOSS}."
+        )
+    return asked
 
 
 class Chosen(NamedTuple):

@@ -7,6 +7,12 @@ CRITERION = "energy"
 EXPERT_CRITERION = "reap"
 """What chooses experts where neither its own criterion is named nor that of neurons scores experts."""
 
+CALIBRATION_LOSS = "kd_topk"
+"""What is differentiated where gradients are looked at (the paper's)."""
+
+NO_LOSS = "none"
+"""The calibration loss of a sweep without any: one forward pass, for criteria that look at no gradient."""
+
 RECONSTRUCT = True
 """Whether a cut is followed by `reconstruction.reconstruct`: on the command line, in recipes, and in the callback."""
 

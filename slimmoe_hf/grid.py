@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from slimmoe_hf.criteria import check_criteria
+from slimmoe_hf.criteria import OF_GRADIENTS, calibration_loss, check_criteria
+from slimmoe_hf.defaults import CRITERION
 from slimmoe_hf.factorization import RANK
 from slimmoe_hf.merging import GROUPINGS, SIMILARITIES
 from slimmoe_hf.plan import Target
@@ -51,12 +52,13 @@ class Sweep(Strict):
 
     Attributes:
         tokens: Of text that is swept; a method of n stages sweeps an n-th of it before each.
-        loss: What is differentiated: `kd_topk` (against the original model) or `lm`.
+        loss: What is differentiated: `kd_topk` (against the original model), `lm`, or with `none` nothing. None is `none` where
+            no method looks at gradients, else `kd_topk`; `Grid.sweep` has the answer.
         batch_size: Rows at a time; the scores do not depend on it.
     """
 
     tokens: Count = 65536
-    loss: Literal["kd_topk", "lm"] = "kd_topk"
+    loss: Literal["kd_topk", "lm", "none"] | None = None
     batch_size: Count = 8
 
 
@@ -233,6 +235,18 @@ class Grid(Document):
         if not self.data.packing:
             raise ValueError("data.packing: rows of unequal length would make recovery unequal; leave it true")
         return self
+
+    @model_validator(mode="after")
+    def _fitting_loss(self) -> Grid:
+        assert self.sweep.loss  # refuses `none` where gradients are looked at
+        return self
+
+    @property
+    def sweep(self) -> Sweep:
+        """How scores are taken, the loss by name: one for all methods, as they share statistics."""
+        criteria = [name for _, _, each in self.rows() for name in (each.criterion, each.expert_criterion) if name]
+        most = next((name for name in criteria if name in OF_GRADIENTS), CRITERION)
+        return self.calibration.model_copy(update={"loss": calibration_loss(self.calibration.loss, most)})
 
     def rows(self) -> Iterator[tuple[int, int, Method]]:
         """Every method of every table: `(number of the table, number of the method in it, itself)`, both from 0."""

@@ -19,7 +19,8 @@ from slimmoe_hf.calibration import add_up
 from slimmoe_hf.families import ExpertLayout, LayerView, expert_size, family_of
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.shards import all_finite
-from slimmoe_hf.taps import Sweep, accumulator
+from slimmoe_hf.sweeps import Sweep
+from slimmoe_hf.taps import accumulator
 
 
 class Fit:

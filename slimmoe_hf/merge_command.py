@@ -10,7 +10,7 @@ from rich.console import Console
 from slimmoe_hf.atomic import replacing
 from slimmoe_hf.checkpoint import carry, slim_checkpoint
 from slimmoe_hf.command_inputs import output_path, refuse_source, require, say, size_of
-from slimmoe_hf.defaults import reconstructs
+from slimmoe_hf.defaults import NO_LOSS, reconstructs
 from slimmoe_hf.describe import describe_plan
 from slimmoe_hf.families import family_of, shape_of
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
@@ -57,7 +57,7 @@ def merge(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-experts {args.num_experts}: the model has {most} a layer. Ask for fewer, and at least 1."
         )
-    model, stats, given = scored_model(args, expert_outputs=args.similarity == "outputs")
+    model, stats, given = scored_model(args, args.loss or NO_LOSS, expert_outputs=args.similarity == "outputs")
     plan = plan_merge(
         model, stats, args.num_experts, counts=counts, similarity=args.similarity, grouping=args.grouping,
         reference=args.reference, seed=args.seed,

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from slimmoe_hf.arguments import DistillationConfig
 from slimmoe_hf.cache_format import bytes_per_answer
 from slimmoe_hf.criteria import check_criteria
+from slimmoe_hf.defaults import CALIBRATION_LOSS, NO_LOSS
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.launch import is_sharded, processes_of
@@ -119,26 +120,32 @@ class _Outlook:
     def _score(self, number: int, stage: Stage, config: PreTrainedConfig) -> Step:
         calibration, length = stage.calibration, self.recipe.data.max_length
         dtype, on_host = getattr(torch, calibration.dtype), calibration.device == "cpu"
-        memory = scoring_memory(config, batch=calibration.batch_size, length=length, dtype=dtype)
-        sums = memory.parts["statistics"] * 7 // 5  # five sums and two norms per neuron
+        differentiated = stage.loss != NO_LOSS
+        sizes = {"batch": calibration.batch_size, "length": length, "dtype": dtype, "gradients": differentiated}
+        memory = scoring_memory(config, **sizes)
+        # Five sums per neuron, or two without gradients, and two norms.
+        sums = memory.parts["statistics"] * 7 // 5 if differentiated else memory.parts["statistics"] * 2
         asks = stage.target.asks
         of_experts = check_criteria(stage.criterion, stage.expert_criterion, **asks)
         chosen = [stage.criterion] * asks["neurons"] + [of_experts] * asks["experts"]
         criteria = ", ".join(dict.fromkeys(chosen))
-        what = f"{calibration.tokens:,} tokens, {criteria}, {calibration.loss}, {calibration.dtype}"
-        operations, reading, passing = 4 * _active(config) * calibration.tokens, 0.0, 0
+        what = f"{calibration.tokens:,} tokens, {criteria}, {stage.loss}, {calibration.dtype}"
+        operations = (4 if differentiated else 2) * _active(config) * calibration.tokens
+        reading, passing = 0.0, 0
         teacher = self.outline.teacher_config
-        separate = calibration.loss == "kd_topk" and (number > 1 or self.recipe.teacher is not None)
+        separate = stage.loss == CALIBRATION_LOSS and (number > 1 or self.recipe.teacher is not None)
         if separate:
             operations += 2 * _active(teacher) * calibration.tokens
         if calibration.stream:
-            sizes = {"batch": calibration.batch_size, "length": length, "dtype": dtype, "stored": self.dtype}
-            held = [self._held(streamed_scoring_memory(config, **sizes), on_host)]
-            operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
-            reading = 2 * parameter_counts(config).bytes(self.dtype) / _READ
-            passing = calibration.tokens * config.hidden_size * dtype.itemsize * (config.num_hidden_layers + 2)
+            held = [self._held(streamed_scoring_memory(config, stored=self.dtype, **sizes), on_host)]
+            if differentiated:
+                operations += 2 * _active(config) * calibration.tokens  # every layer is run once more on the way back
+            reading = (1 + differentiated) * parameter_counts(config).bytes(self.dtype) / _READ
+            files = config.num_hidden_layers + 2 if differentiated else 2
+            passing = calibration.tokens * config.hidden_size * dtype.itemsize * files
             if separate:
-                held.append(self._held(streamed_answers_memory(teacher, **sizes), on_host))
+                asking = {"batch": calibration.batch_size, "length": length, "dtype": dtype, "stored": self.dtype}
+                held.append(self._held(streamed_answers_memory(teacher, **asking), on_host))
                 reading += parameter_counts(teacher).bytes(self.dtype) / _READ
             what += f", a layer at a time; meanwhile {passing / 1e9:.1f} GB on the disk"
             device_bytes, host_bytes = (max(each) for each in zip(*held, strict=True))

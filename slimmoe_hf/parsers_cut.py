@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from slimmoe_hf.defaults import CRITERION, EXPERT_CRITERION
+from slimmoe_hf.defaults import CALIBRATION_LOSS, CRITERION, EXPERT_CRITERION, NO_LOSS
 from slimmoe_hf.parser_parts import add_command, add_config, add_data, add_output, add_reconstruct, add_teacher
 
 CRITERIA = "taylor, fisher, output_fisher, energy, activation, magnitude, random"
@@ -18,22 +18,23 @@ def add_score(commands: Any) -> None:
         commands, "score", "Score a model's neurons, experts and key/value groups on real text, once for every criterion.",
         "slimmoe score examples/teacher/model --data sotu --max-length 256 --output stats.safetensors",
     )  # fmt: skip
-    _add_scoring(parser)
+    _add_scoring(parser, CALIBRATION_LOSS)
     add_output(parser, "FILE")
     add_config(parser)
 
 
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
+def _add_scoring(parser: argparse.ArgumentParser, loss: str) -> None:
     """The model and everything about the sweep over it."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder or a Hub id")
-    _add_sweep(parser)
+    _add_sweep(parser, loss)
 
 
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
+def _add_sweep(parser: argparse.ArgumentParser, loss: str) -> None:
     parser.add_argument("--revision", metavar="REV", help="commit of a model on the Hub")
     parser.add_argument(
-        "--loss", default="kd_topk", metavar="LOSS", help="kd_topk or lm, for criteria of gradients (default: kd_topk)"
-    )
+        "--loss", metavar="LOSS",
+        help=f"{CALIBRATION_LOSS} or lm, for criteria of gradients; {NO_LOSS}: no backward pass (default: {loss})",
+    )  # fmt: skip
     add_teacher(parser, "the original model, for kd_topk (default: MODEL itself)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     parser.add_argument(
@@ -97,7 +98,7 @@ def add_plan(commands: Any) -> None:
         "--validation-tokens", type=int, default=32768, metavar="N", help="of text to measure on (default: 32768)"
     )
     add_reconstruct(parser, "yes, with --budget")
-    _add_sweep(parser)
+    _add_sweep(parser, CALIBRATION_LOSS)
     parser.add_argument("--json", action="store_true", help="with show or --budget: print JSON")
     add_output(parser, "DIR")
     add_config(parser)
@@ -110,7 +111,7 @@ def add_slim(commands: Any) -> None:
         "slimmoe slim examples/teacher/model --plan plan --output slimmed\n"
         "  slimmoe slim examples/teacher/model --data sotu --max-length 256 --expert-width 128 --output slimmed",
     )  # fmt: skip
-    _add_scoring(parser)
+    _add_scoring(parser, f"{NO_LOSS}, or {CALIBRATION_LOSS} where they are looked at")
     group = parser.add_argument_group("what to keep", "a plan, or --data and a size: then the model is scored first")
     group.add_argument("--plan", metavar="PLAN", help="a plan made for this model")
     _add_target(parser)
@@ -129,7 +130,7 @@ def add_merge(commands: Any) -> None:
         commands, "merge", "Average experts that do alike into fewer (M-SMoE), weighted by how much they are used.",
         "slimmoe merge examples/teacher/model --data sotu --max-length 256 --num-experts 4 --output merged",
     )  # fmt: skip
-    _add_scoring(parser)
+    _add_scoring(parser, NO_LOSS)
     parser.add_argument("--num-experts", type=int, metavar="K", help="experts per layer that others are merged into")
     parser.add_argument("--uniform", action="store_true", help="as many in every layer; otherwise as the form allows")
     parser.add_argument(

@@ -26,6 +26,7 @@ from slimmoe_hf.cache_answers import write_cache
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, take_rows
+from slimmoe_hf.defaults import CALIBRATION_LOSS
 from slimmoe_hf.evaluation import evaluate_checkpoint
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.harness import TaskResult, TaskSet, load_tasks
@@ -192,18 +193,18 @@ class _Pipeline:
     def _score(self, source: Path, folder: Path, stage: Stage) -> Result:
         set_seed(self.recipe.seed)
         calibration = stage.calibration
-        asked = calibration.loss == "kd_topk" and source != self.inputs.teacher  # the first student is its own teacher
+        asked = stage.loss == CALIBRATION_LOSS and source != self.inputs.teacher  # the first student is its own teacher
         given, where = self._calibration(calibration)
         work = folder / _SCORING
         if calibration.stream:
             other = self.inputs.teacher if asked else None
             stats = stream_stats(
-                source, given, calibration.loss, other, work=work, dtype=calibration.dtype, device=where, overwrite=True
+                source, given, stage.loss, other, work=work, dtype=calibration.dtype, device=where, overwrite=True
             )
         else:
             teacher = load_model(self.inputs.teacher, calibration.dtype, where) if asked else None
             model = load_model(source, calibration.dtype, where, whole=True)
-            stats = collect_stats(model, given, loss=calibration.loss, teacher=teacher)
+            stats = collect_stats(model, given, loss=stage.loss, teacher=teacher)
         stats.save(folder / "stats.safetensors")
         return {"scored_sha256": weights_sha256(source), "stats_sha256": stats.sha256}
 

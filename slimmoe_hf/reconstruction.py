@@ -31,7 +31,7 @@ from slimmoe_hf.identity import model_fingerprint
 from slimmoe_hf.layer_repair import LayerRepair
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.repairs import REPAIR_KINDS, Held, Repairing, Repairs
-from slimmoe_hf.taps import Batch, Sweep
+from slimmoe_hf.sweeps import Batch, Sweep
 
 RIDGE = 0.05
 """Share of the mean square of the kept inputs that is added to each of them."""

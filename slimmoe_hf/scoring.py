@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
 from slimmoe_hf.command_inputs import open_checkpoint, read_documents
+from slimmoe_hf.criteria import calibration_loss
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
-from slimmoe_hf.defaults import reconstructs
+from slimmoe_hf.defaults import CALIBRATION_LOSS, reconstructs
 from slimmoe_hf.families import family_of, refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
@@ -27,17 +28,31 @@ from slimmoe_hf.streaming import stream_stats
 from slimmoe_hf.walk import discard
 
 
-def scored(args: argparse.Namespace, output: Path) -> ExpertStats:
+def loss_of(args: argparse.Namespace, searched: bool = False) -> str:
+    """The calibration loss for the criteria that the flags name.
+
+    Args:
+        args: As the parser has them.
+        searched: Shapes within a budget are compared.
+
+    Raises:
+        ValueError: As `calibration_loss`.
+    """
+    return calibration_loss(args.loss, args.criterion, args.expert_criterion, searched=searched)
+
+
+def scored(args: argparse.Namespace, output: Path, loss: str) -> ExpertStats:
     """The statistics of the model that the flags name.
 
     Args:
         args: As the parser has them.
         output: What is being made; the work of a streamed sweep lies beside it until `remove_work`.
+        loss: Where the flags name none, or from `loss_of`.
 
     Raises:
         ValueError: A checkpoint, teacher, text or loss that will not do.
     """
-    return scored_stream(args, output)[1] if args.stream else scored_model(args)[1]
+    return scored_stream(args, output, loss)[1] if args.stream else scored_model(args, loss)[1]
 
 
 def planned(args: argparse.Namespace, output: Path, target: Target) -> CompressionPlan:
@@ -55,13 +70,14 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
     def decided(stats: ExpertStats) -> CompressionPlan:
         return make_plan(stats, target, args.criterion, args.seed, args.expert_criterion)
 
+    loss = loss_of(args)
     if not reconstructs(args.reconstruct):
-        return decided(scored(args, output))
+        return decided(scored(args, output, loss))
     if not args.stream:
-        model, stats, given = scored_model(args)
+        model, stats, given = scored_model(args, loss)
         config = load_config(find_checkpoint(args.model, args.revision, weights=False))
         return reconstruct(model, given, decided(stats), dtype=own_dtype(config))
-    path, stats, given = scored_stream(args, output)
+    path, stats, given = scored_stream(args, output, loss)
     return rebuilt(args, output, path, given, decided(stats))
 
 
@@ -86,12 +102,13 @@ def rebuilt(
 
 
 def scored_model(
-    args: argparse.Namespace, expert_outputs: bool = False
+    args: argparse.Namespace, loss: str, expert_outputs: bool = False
 ) -> tuple[PreTrainedModel, ExpertStats, Iterable[dict[str, Tensor]]]:
     """The model that the flags name, in memory, its statistics, and the text that they were taken on.
 
     Args:
         args: As the parser has them.
+        loss: As in `scored`.
         expert_outputs: As `collect_stats`.
 
     Raises:
@@ -99,26 +116,29 @@ def scored_model(
     """
     if args.stream:
         raise ValueError("--stream: this command needs the whole model in memory. Leave it out.")
-    path, folder, given = _inputs(args)
+    path, folder, given = _inputs(args, loss)
     teacher = None if folder is None else load_model(folder, args.calibration_dtype, _place(args))
     model = load_model(path, args.calibration_dtype, _place(args), whole=True)
-    stats = collect_stats(model, given, loss=args.loss, teacher=teacher, expert_outputs=expert_outputs)
+    stats = collect_stats(model, given, loss=loss, teacher=teacher, expert_outputs=expert_outputs)
     return model, stats, given
 
 
-def scored_stream(args: argparse.Namespace, output: Path) -> tuple[Path, ExpertStats, Iterable[dict[str, Tensor]]]:
+def scored_stream(
+    args: argparse.Namespace, output: Path, loss: str
+) -> tuple[Path, ExpertStats, Iterable[dict[str, Tensor]]]:
     """The folder of the model that the flags name, its statistics, one layer in memory at a time, and the text.
 
     Args:
         args: As the parser has them.
         output: As in `scored`.
+        loss: As there.
 
     Raises:
         ValueError: As `scored`.
     """
-    path, teacher, given = _inputs(args)
+    path, teacher, given = _inputs(args, loss)
     stats = stream_stats(
-        path, given, args.loss, teacher, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
+        path, given, loss, teacher, work=_work(output), dtype=args.calibration_dtype, device=_place(args),
         overwrite=args.overwrite,
     )  # fmt: skip
     return path, stats, given
@@ -143,12 +163,12 @@ def _place(args: argparse.Namespace) -> torch.device:
     return torch.device("cpu") if args.calibration_device == "cpu" else device()
 
 
-def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None, Iterable[dict[str, Tensor]]]:
+def _inputs(args: argparse.Namespace, loss: str) -> tuple[Path, Path | None, Iterable[dict[str, Tensor]]]:
     """The checkpoint, that of the teacher where another one is asked, and batches of calibration text."""
-    if args.loss not in CALIBRATION_LOSSES:
-        raise ValueError(f"--loss {args.loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
+    if loss not in CALIBRATION_LOSSES:
+        raise ValueError(f"--loss {loss}: unknown; use one of {', '.join(CALIBRATION_LOSSES)}.")
     named = {"model": (args.model, args.revision)}
-    if args.teacher is not None and args.loss == "kd_topk":
+    if args.teacher is not None and loss == CALIBRATION_LOSS:
         named["teacher"] = (args.teacher, args.teacher_revision)
     if args.stream:  # what may be wrong with the text is known before weights are downloaded
         sources = _streamable(named)

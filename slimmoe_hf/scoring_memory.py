@@ -29,7 +29,12 @@ _COPIES = 6
 
 
 def scoring_memory(
-    config: PreTrainedConfig, *, batch: int = 8, length: int = 1024, dtype: torch.dtype = torch.float32
+    config: PreTrainedConfig,
+    *,
+    batch: int = 8,
+    length: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = True,
 ) -> Memory:
     """Memory of `collect_stats` with the model as its own teacher: frozen weights, no checkpointing.
 
@@ -38,10 +43,18 @@ def scoring_memory(
         batch: B, rows at a time.
         length: T, tokens per row.
         dtype: Of the weights.
+        gradients: A loss is differentiated; else it is `none`.
 
     Raises:
         ValueError: As `family_of`.
     """
+    if not gradients:
+        working = phases_of(config, dtype, batch, length, _pass)["forward"].peak + _listening(config, batch, length)
+        parts = {
+            "weights": sum(_parts(config)) * dtype.itemsize,
+            "statistics": shape_of(config).layers * _sums(config, gradients=False), "working set": working,
+        }  # fmt: skip
+        return Memory(use="scoring", parts=parts, peak="forward")
     phases = phases_of(config, dtype, batch, length, _score)
     held = shape_of(config).layers * _taps(config, batch, length, dtype)
     recording = _recording(config, batch, length)
@@ -57,7 +70,13 @@ def scoring_memory(
 
 
 def streamed_scoring_memory(
-    config: PreTrainedConfig, *, batch: int, length: int, dtype: torch.dtype, stored: torch.dtype
+    config: PreTrainedConfig,
+    *,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    gradients: bool = True,
 ) -> Memory:
     """Memory of `stream_stats`; `host` is what is read ahead, on a CPU on top of the rest.
 
@@ -66,10 +85,16 @@ def streamed_scoring_memory(
         batch: B, rows at a time.
         length: T, tokens per row.
         dtype: What is computed in. stored: What the checkpoint is in.
+        gradients: A loss is differentiated; else it is `none`.
 
     Raises:
         ValueError: As `family_of`.
     """
+    if not gradients:
+        forward, largest = phases_of(config, dtype, batch, length, _pass)["forward"], _parts(config)[0]
+        working = _sums(config, gradients=False) + _listening(config, batch, length) + forward.peak
+        moment = {"weights": largest * dtype.itemsize, "working set": working}
+        return _streamed("streamed scoring", {"layer": moment}, largest * stored.itemsize)
     top = phases_of(config, dtype, batch, length, _score)["top"]
     layer = _sums(config) + _taps(config, batch, length, dtype) + _recording(config, batch, length)
     chunk = min(streamed_teacher.CHUNK_BYTES, batch * length * config.vocab_size * 4)
@@ -181,10 +206,11 @@ def _parts(config: PreTrainedConfig) -> tuple[int, int, int]:
     return max(layers), count[id(model)] - max(layers), count[id(model.get_output_embeddings())]
 
 
-def _sums(config: PreTrainedConfig) -> int:
+def _sums(config: PreTrainedConfig, gradients: bool = True) -> int:
     """Bytes of a layer's statistics while they are taken."""
     shape = shape_of(config)
-    return shape.num_experts * (shape.expert_width * len(ExpertStats.NEURON_SUMS) + 4 + shape.num_experts) * 8
+    sums = [name for name in ExpertStats.NEURON_SUMS if gradients or name not in ExpertStats.GRADIENT_SUMS]
+    return shape.num_experts * (shape.expert_width * len(sums) + 4 + shape.num_experts) * 8
 
 
 def _taps(config: PreTrainedConfig, batch: int, length: int, dtype: torch.dtype) -> int:
@@ -199,6 +225,12 @@ def _recording(config: PreTrainedConfig, batch: int, length: int) -> int:
     shape = shape_of(config)
     activations = batch * length * shape.top_k * shape.expert_width
     return 2 * (activations + min(activations, BLOCK)) * 4
+
+
+def _listening(config: PreTrainedConfig, batch: int, length: int) -> int:
+    """Bytes while a tap sums activations as they pass: of a block they are copied, weighted and squared, in float32."""
+    shape = shape_of(config)
+    return 3 * min(batch * length * shape.top_k * shape.expert_width, BLOCK) * 4
 
 
 def _score(model: Any, ids: Tensor, _other: Any) -> None:

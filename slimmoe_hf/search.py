@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from slimmoe_hf.budget import Limits, Sizes
-from slimmoe_hf.criteria import check_criteria
+from slimmoe_hf.criteria import check_criteria, of_gradients
 from slimmoe_hf.defaults import CRITERION
 from slimmoe_hf.families import Shape, config_from
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
@@ -194,6 +194,7 @@ def search_plan(
         ```
     """
     of_experts = check_criteria(criterion, expert_criterion, neurons=True, experts=True)
+    of_gradients(stats.grad_sq_LEF, "a search for a budget")
     sizes = _sizes(stats)
     limits = sizes.limits(budget, active_budget)
     losses = Losses(stats, criterion, of_experts, seed, sizes.widths)

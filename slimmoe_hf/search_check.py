@@ -23,7 +23,7 @@ from slimmoe_hf.search import Candidate, Search, calibrated, finished
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts_of
 from slimmoe_hf.surgery import apply_plan
-from slimmoe_hf.taps import Batch
+from slimmoe_hf.sweeps import Batch
 
 M = TypeVar("M", bound=PreTrainedModel)
 BEST = 5

@@ -18,7 +18,7 @@ from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
 from slimmoe_hf.plan import Target
-from slimmoe_hf.scoring import rebuilt, remove_work, scored_model, scored_stream
+from slimmoe_hf.scoring import loss_of, rebuilt, remove_work, scored_model, scored_stream
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search, save_searched
 from slimmoe_hf.sizing import own_dtype
@@ -56,7 +56,7 @@ def search(args: argparse.Namespace) -> None:
     elif args.stream:
         require(args, "data")
         _check_request(args, load_config(open_source(args.model, args.revision).folder))
-        (path, stats, given), checked = scored_stream(args, output), None
+        (path, stats, given), checked = scored_stream(args, output, loss_of(args, searched=True)), None
         found = _searched(args, stats)
         plan = found.plan(stats)
         if args.reconstruct is not False:
@@ -89,7 +89,7 @@ def _checked(args: argparse.Namespace) -> tuple[ExpertStats, Checked]:
     path = find_checkpoint(args.model, args.revision)
     _check_request(args, load_config(path))
     text = _validation(args, path)
-    model, stats, given = scored_model(args)
+    model, stats, given = scored_model(args, loss_of(args, searched=True))
     found, rebuild = _searched(args, stats), args.reconstruct is not False
     return stats, check_search(
         model, stats, found, text.rows_NT, given, rebuild=rebuild, number=args.candidates, batch_size=args.batch_size,
@@ -102,6 +102,7 @@ def _check_request(args: argparse.Namespace, config: PreTrainedConfig) -> None:
     refuse_encoder_decoder(config, "--budget")
     Sizes(config).limits(args.budget, args.active_budget)
     check_criteria(args.criterion, args.expert_criterion, neurons=True, experts=True)
+    loss_of(args, searched=True)
 
 
 def _validation(args: argparse.Namespace, path: Path) -> HeldOut:

@@ -33,7 +33,7 @@ def stage_settings(
     divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
     each = " per process" if recipe.accelerate else ""
     within = {"sizes found within": str(stage.target) if stage.target.searched else "-"}
-    of_loss = f", loss `{calibration.loss}`" if stage.criterion in OF_GRADIENTS else ""
+    of_loss = f", loss `{stage.loss}`" if stage.criterion in OF_GRADIENTS else ""
     return {
         **size_rows(plan, any(each.experts for each in plans)),
         **(within if any(each.target.searched for each in recipe.stages) else {}),

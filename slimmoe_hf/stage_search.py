@@ -21,7 +21,7 @@ from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import check_search
 from slimmoe_hf.sizing import own_dtype, slimmed_config
 from slimmoe_hf.stats import ExpertStats
-from slimmoe_hf.taps import Batch
+from slimmoe_hf.sweeps import Batch
 
 CHECK_TOKENS = 32768
 """Validation text that shapes are measured on at most, as `slimmoe plan --budget` does unless told otherwise."""

@@ -31,7 +31,7 @@ class StatsMeta(BaseModel):
         family: The model type.
         config: The scored model's whole config, so that a plan needs no model.
         layers: Absolute indices of the L layers with experts.
-        loss: What was differentiated.
+        loss: What was differentiated; `none` where nothing was.
         tokens: Calibration tokens, padding excluded. sequences: How many sequences they came in.
         data_sha256: Hash of the token ids. model_sha256: Hash of the scored weights.
         fingerprint: Of a sample of them, which can be had of a checkpoint on disk without reading it whole.
@@ -69,7 +69,8 @@ class ExpertStats:
             from before super experts were looked for.
         router_gram_LEE: Sum over all tokens of the products of two experts' router logits; None in those files too.
         output_sum_LED: Sum over all tokens of each expert's output, routed or not; where it was asked for.
-        taylor_LEF: Sum over sequences of |sum over tokens of a g|, nats. fisher_LEF: The same, squared.
+        taylor_LEF: Sum over sequences of |sum over tokens of a g|, nats. fisher_LEF: The same, squared. This and all others
+            of gradients (`GRADIENT_SUMS`) are None where the sweep differentiated nothing.
         act_sq_LEF: Sum over routed tokens of a^2. gated_act_sq_LEF: Of (w a)^2. grad_sq_LEF: Of g^2.
         input_norm_LEF: Norm of a neuron's gate and up rows. down_norm_LEF: Norm of its `W_down` column.
         head_taylor_AH, head_fisher_AH: As for neurons, the mask on a head's output before `o_proj`.
@@ -82,22 +83,25 @@ class ExpertStats:
     EXPERT_SUMS: ClassVar = ("probability_LE", "gated_norm_LE")
     MAXIMA: ClassVar = ("output_max_LE",)
     HEAD_SUMS: ClassVar = ("head_taylor_AH", "head_fisher_AH", "head_act_sq_AH", "head_grad_sq_AH")
+    GRADIENT_SUMS: ClassVar = (
+        "taylor_LEF", "fisher_LEF", "grad_sq_LEF", "head_taylor_AH", "head_fisher_AH", "head_grad_sq_AH",
+    )  # fmt: skip
 
     meta: StatsMeta
     tokens_LE: Tensor
-    taylor_LEF: Tensor
-    fisher_LEF: Tensor
     act_sq_LEF: Tensor
     gated_act_sq_LEF: Tensor
-    grad_sq_LEF: Tensor
     input_norm_LEF: Tensor
     down_norm_LEF: Tensor
-    head_taylor_AH: Tensor
-    head_fisher_AH: Tensor
     head_act_sq_AH: Tensor
-    head_grad_sq_AH: Tensor
     head_out_norm_AH: Tensor
     group_norm_AG: Tensor
+    taylor_LEF: Tensor | None = None
+    fisher_LEF: Tensor | None = None
+    grad_sq_LEF: Tensor | None = None
+    head_taylor_AH: Tensor | None = None
+    head_fisher_AH: Tensor | None = None
+    head_grad_sq_AH: Tensor | None = None
     probability_LE: Tensor | None = None
     gated_norm_LE: Tensor | None = None
     output_max_LE: Tensor | None = None
@@ -111,7 +115,7 @@ class ExpertStats:
             object.__setattr__(self, name, tensor.detach().cpu())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, those that an old file lacks left out."""
+        """All tensors by name, those that an old file lacks, or a sweep without gradients, left out."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "meta"}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 

@@ -21,7 +21,7 @@ from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.reconstruction import REPAIRED, RIDGE, check_repairable, cuts_outputs, repair_values, with_repairs
 from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
 from slimmoe_hf.shards import read_header
-from slimmoe_hf.taps import Batch, Sweep
+from slimmoe_hf.sweeps import Batch, Sweep
 from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
 

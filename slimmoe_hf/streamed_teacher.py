@@ -23,7 +23,7 @@ from slimmoe_hf.blocks import HEAD, Blocks
 from slimmoe_hf.calibration import KD_TOP_K, next_tokens
 from slimmoe_hf.losses import kept_kl
 from slimmoe_hf.pace import Pace
-from slimmoe_hf.taps import Batch
+from slimmoe_hf.sweeps import Batch
 from slimmoe_hf.walk import Walk
 
 CHUNK_BYTES = 1 << 26

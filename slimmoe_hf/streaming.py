@@ -2,7 +2,8 @@
 
 All text goes through one layer before the next one is read. Then the loss is differentiated at the head, and the layers
 come again in reverse order: each is run once more on the inputs that were kept of it, and passes the gradient of these
-down. The taps, and so the statistics, are those of `calibration.collect_stats`.
+down. The taps, and so the statistics, are those of `calibration.collect_stats`. Where no loss is
+differentiated the way forth is all.
 
 Shape letters: N predicted tokens, D model width, V vocabulary.
 """
@@ -33,17 +34,19 @@ from slimmoe_hf.calibration import (
     stack_layers,
     stored_config,
 )
+from slimmoe_hf.defaults import CALIBRATION_LOSS
 from slimmoe_hf.pace import Pace
 from slimmoe_hf.stats import ExpertStats, StatsMeta
 from slimmoe_hf.streamed_teacher import Kept, ask_teacher, predicted
-from slimmoe_hf.taps import Batch, LayerSums, Sweep, tapped
+from slimmoe_hf.sweeps import Batch, Sweep
+from slimmoe_hf.taps import LayerSums, tapped
 from slimmoe_hf.walk import Walk, WalkFolder, model_state
 
 
 def stream_stats(
     path: Path,
     batches: Iterable[Batch],
-    loss: str = "kd_topk",
+    loss: str = CALIBRATION_LOSS,
     teacher: Path | None = None,
     *,
     work: Path,
@@ -59,10 +62,10 @@ def stream_stats(
     Args:
         path: Folder of the checkpoint.
         batches: As for `collect_stats`; their ids are held in memory.
-        loss: `kd_topk` or `lm`.
+        loss: `kd_topk` or `lm`; with `none` the layers are passed once, and nothing is kept for a way back.
         teacher: Folder of the model to be faithful to, for `kd_topk`. Default: the model itself.
-        work: A folder for the inputs of all layers (tokens x model width x layers); the caller takes it away when the
-            statistics are safe.
+        work: A folder for the inputs of all layers (tokens x model width x layers), with `none` of two; the caller takes it
+            away when the statistics are safe.
         dtype: What is computed in.
         device: What is computed on.
         overwrite: Begin anew where `work` holds the work of another request. That of the same one is continued.
@@ -86,13 +89,14 @@ def stream_stats(
         "device": blocks.device.type, "teacher": None if teacher is None else model_state(teacher),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
-        walk, kept = Walk(blocks, given, folder.path / "layers"), None
-        walk.require_room(walk.layers + 2, "fewer --tokens")
+        walk, kept, differentiated = Walk(blocks, given, folder.path / "layers"), None, loss_named(loss)
+        walk.require_room(2 if differentiated is None else walk.layers + 2, "fewer --tokens")
         if teacher is not None:
-            assert loss == "kd_topk", "no other loss looks at a teacher"
+            assert loss == CALIBRATION_LOSS, "no other loss looks at a teacher"
             size, place = blocks.config.vocab_size, folder.path / "teacher"
             kept = ask_teacher(teacher, given, size, place, blocks.dtype, blocks.device, progress)
-        layers = _Sweep(walk, loss_named(loss), kept).run(progress)
+        way = _Way(walk) if differentiated is None else _Sweep(walk, differentiated, kept)
+        layers = way.run(progress)
     views = blocks.views
     return ExpertStats(
         meta=StatsMeta(
@@ -118,11 +122,83 @@ def _digest(batch: Batch) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Sweep:
+class _Taps:
+    """What a way through the layers hears of them.
+
+    Attributes:
+        walk: All batches, and where they are. blocks: The model.
+    """
+
+    def __init__(self, walk: Walk, gradients: bool) -> None:
+        self.walk, self.blocks, self._sweep = walk, walk.blocks, Sweep(gradients=gradients)
+
+    def _announce(self, order: list[int], files: int) -> None:
+        unique = [part for at, part in enumerate(order) if part not in order[max(0, at - 2) : at]]
+        read = sum(self.blocks.bytes(part) for part in unique)
+        tokens = self.walk.tokens
+        get_console().log(
+            f"{tokens:,} tokens in one pass; {read / 1e9:,.2f} GB of weights to read ({read / tokens:,.0f} bytes a token), "
+            f"up to {files * self.walk.bytes / 1e9:,.2f} GB of layer inputs on the disk"
+        )
+
+    def _tapped(self, part: int) -> AbstractContextManager[list[LayerSums]]:
+        return tapped(self.blocks.model, [self.blocks.views[part]], self._sweep)
+
+    def _keep(self, layer: int, sums: LayerSums) -> None:
+        found = {**sums.tensors(), **layer_norms(self.blocks.config, self.blocks.views[layer])}
+        with replacing(self.walk.file("sums", layer), overwrite=True) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
+
+    def _kept(self) -> list[dict[str, Tensor]]:
+        return [load_file(self.walk.file("sums", layer)) for layer in range(self.walk.layers)]
+
+
+class _Way(_Taps):
+    """The way forth alone: nothing is differentiated, so a layer's inputs go when it has been passed."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__(walk, gradients=False)
+
+    def run(self, progress: bool) -> list[dict[str, Tensor]]:
+        """All that is not done yet; the statistics of every layer."""
+        walk, begun = self.walk, bool(self.walk.have("inputs"))
+        layers = [layer for layer in range(walk.layers) if layer not in walk.have("sums")]
+        # The head is read for its hash alone.
+        ahead = [] if walk.file("hashes", HEAD + 2).exists() else [HEAD]
+        order = [*([] if begun else [EMBEDDINGS]), *layers, *ahead]
+        self._announce(order, 2)
+        walk.pace = Pace("scoring", self.blocks, order, [], walk.tokens)
+        for part in track(
+            self.blocks.visit(order, fresh=order, hashed=True), "Scoring", total=len(order), disable=not progress
+        ):
+            walk.note_hashes(part)
+            if part == EMBEDDINGS:
+                walk.forward(part)
+            elif part != HEAD:
+                self._forth(part)
+        return self._kept()
+
+    def _forth(self, layer: int) -> None:
+        """Through a layer, whose statistics are kept before its inputs go."""
+        walk = self.walk
+        with self._tapped(layer) as [sums], torch.no_grad():
+
+            def passed(number: int) -> Tensor:
+                batch = walk.on_device(number)
+                self._sweep.start(batch)
+                return self.blocks.forward(layer, walk.read("inputs", layer, number), batch)
+
+            walk.write("inputs", layer + 1, passed)
+        self._keep(layer, sums)
+        walk.file("inputs", layer).unlink()
+
+
+class _Sweep(_Taps):
     """The way forth and back over all layers."""
 
     def __init__(self, walk: Walk, loss: TokenLoss, kept: Kept | None) -> None:
-        self.walk, self.blocks, self._loss, self._kept, self._sweep = walk, walk.blocks, loss, kept, Sweep()
+        super().__init__(walk, gradients=True)
+        self._loss, self._answers = loss, kept
 
     def run(self, progress: bool) -> list[dict[str, Tensor]]:
         """All that is not done yet; the statistics of every layer."""
@@ -131,7 +207,7 @@ class _Sweep:
         forth = [] if turned else [*walk.forward_order(), HEAD]
         back = list(reversed(range(min([*walk.have("sums"), last]))))
         order = [*forth, *back]
-        self._announce(order)
+        self._announce(order, walk.layers + 2)
         walk.pace = Pace("scoring", self.blocks, forth, back, walk.tokens)
         passed = set(forth)
         visits = self.blocks.visit(order, fresh=forth, hashed=True)
@@ -141,16 +217,7 @@ class _Sweep:
                 self._forth(part)
             else:
                 self._back(part)
-        return [load_file(walk.file("sums", layer)) for layer in range(last)]
-
-    def _announce(self, order: list[int]) -> None:
-        unique = [part for at, part in enumerate(order) if part not in order[max(0, at - 2) : at]]
-        read = sum(self.blocks.bytes(part) for part in unique)
-        tokens = self.walk.tokens
-        get_console().log(
-            f"{tokens:,} tokens in one pass; {read / 1e9:,.2f} GB of weights to read ({read / tokens:,.0f} bytes a token), "
-            f"up to {(self.walk.layers + 2) * self.walk.bytes / 1e9:,.2f} GB of layer inputs on the disk"
-        )
+        return self._kept()
 
     def _forth(self, part: int) -> None:
         self.walk.note_hashes(part)
@@ -161,9 +228,6 @@ class _Sweep:
         with self._tapped(part) if part != EMBEDDINGS else nullcontext():
             self.walk.forward(part, keep=True)
 
-    def _tapped(self, part: int) -> AbstractContextManager[list[LayerSums]]:
-        return tapped(self.blocks.model, [self.blocks.views[part]], self._sweep)
-
     def _at_head(self, number: int) -> Tensor:
         """The gradient of a batch's loss by the last layer's output, `[B, T, D]`."""
         hidden_BTD, batch = self.walk.read("inputs", self.walk.layers, number), self.walk.on_device(number)
@@ -172,8 +236,8 @@ class _Sweep:
             hidden_ND = hidden_BTD.flatten(0, 1)[places_N].requires_grad_(True)
             with torch.enable_grad():
                 logits_NV = self.blocks.logits(hidden_ND)
-                if self._kept is not None:
-                    value = self._kept.loss(logits_NV, number, first).sum()
+                if self._answers is not None:
+                    value = self._answers.loss(logits_NV, number, first).sum()
                 else:
                     value = self._loss(logits_NV, logits_NV.detach(), labels_N[places_N]).sum()
             require_finite(value, number)
@@ -196,8 +260,6 @@ class _Sweep:
                 return torch.autograd.grad(output_BTD, hidden_BTD, below)[0]
 
             walk.write("gradients", layer, gradient)
-            found = {**sums.tensors(), **layer_norms(self.blocks.config, self.blocks.views[layer])}
-        with replacing(walk.file("sums", layer), overwrite=True) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, partial)
+            self._keep(layer, sums)
         walk.file("inputs", layer).unlink()
         walk.file("gradients", layer + 1).unlink()

@@ -6,7 +6,7 @@ Q sequences in a batch, A layers with attention, H query heads, C head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,75 +19,22 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from slimmoe_hf.families import ExpertLayout, LayerView, Shape, expert_size, family_of, shape_of
 from slimmoe_hf.stats import ExpertStats
+from slimmoe_hf.sweeps import Sweep, Tokens
 
-Batch = Mapping[str, Tensor]
 _IMPLEMENTATION = "slimmoe_scoring"
 BLOCK = 1 << 22
 """Activations that are multiplied at a time: more would be held several times over, for every token of a batch."""
-
-
-class Tokens:
-    """What the taps need to know of the tokens in hand that one stack of layers is given."""
-
-    sequence_N: Tensor
-    valid_N: Tensor
-    sequences: int
-    listening = False  # until a batch is known, forward passes leave no trace
-
-    def start(self, mask: Tensor, position_ids: Tensor | None = None) -> None:
-        """Take up a batch whose tokens count where `mask` says so, both `[rows, T]`."""
-        starts = torch.zeros_like(mask, dtype=torch.long)
-        starts[:, 0] = 1
-        if position_ids is not None:  # a packed row counts its documents apart
-            starts = torch.maximum(starts, (position_ids.expand_as(mask) == 0).long())
-        self.sequence_N = starts.flatten().cumsum(0) - 1
-        self.valid_N = mask.flatten().bool()
-        self.sequences = int(self.sequence_N[-1]) + 1
-        self.listening = True
-
-
-class Sweep:
-    """What the taps need to know of the batch in hand.
-
-    Attributes:
-        stacks: Of the tokens that each stack of layers is given: a decoder's, or an encoder's and its decoder's.
-    """
-
-    def __init__(self, encoder_decoder: bool = False) -> None:
-        self.stacks = [Tokens() for _ in range(1 + encoder_decoder)]
-
-    def start(self, batch: Batch) -> None:
-        """Take up a batch.
-
-        Raises:
-            ValueError: An encoder-decoder's batch has no labels.
-        """
-        ids = batch["input_ids"]
-        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
-        self.stacks[0].start(mask, batch.get("position_ids"))
-        for decoder in self.stacks[1:]:
-            if "labels" not in batch:
-                raise ValueError(
-                    "a batch has no labels, and the decoder of an encoder-decoder is scored on them. Add them."
-                )
-            decoder.start(batch["labels"] != -100)
-
-    @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """Forward passes within the block leave no trace: a teacher may be the very model that is scored."""
-        for stack in self.stacks:
-            stack.listening = False
-        try:
-            yield
-        finally:
-            for stack in self.stacks:
-                stack.listening = True
 
 
 def accumulator(device: torch.device, *shape: int) -> Tensor:
     """Zeros to sum into, in float64 where the device has it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _taken(names: Sequence[str], sweep: Tokens) -> list[str]:
+    """Of some sums those that a sweep takes."""
+    return [name for name in names if sweep.gradients or name not in ExpertStats.GRADIENT_SUMS]
 
 
 def _sum_rows(values: Tensor, lengths: Tensor, how: str = "sum") -> Tensor:
@@ -103,7 +50,7 @@ class ExpertSums:
         self.sweep, self.layout = sweep, layout
         self.number = number
         self.tokens = accumulator(device, number)
-        self.neuron = {name: accumulator(device, number, width) for name in ExpertStats.NEURON_SUMS}
+        self.neuron = {name: accumulator(device, number, width) for name in _taken(ExpertStats.NEURON_SUMS, sweep)}
         self.expert = {name: accumulator(device, number) for name in ExpertStats.EXPERT_SUMS}
         self.largest = accumulator(device, number)
         self.gram = accumulator(device, number, number)
@@ -147,8 +94,9 @@ class ExpertSums:
             if bias_ED is not None:
                 self.outputs += len(hidden_ND) * bias_ED.float()
 
-    def record(self, act_SF: Tensor, grad_SF: Tensor, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
-        """Add one backward pass; pairs are sorted by expert, then by token."""
+    @torch.no_grad()
+    def record(self, act_SF: Tensor, grad_SF: Tensor | None, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> None:
+        """Add one backward pass, or a forward pass that none follows; pairs are sorted by expert, then by token."""
         sweep = self.sweep
         kept_S = sweep.valid_N[token_S]
         whole = bool(kept_S.all())
@@ -160,22 +108,26 @@ class ExpertSums:
         step = max(BLOCK // max(len(act_SF), 1), 1)
         for first in range(0, act_SF.shape[-1], step):
             block = slice(first, first + step)
-            act, grad = (x[:, block] if whole else x[kept_S, block] for x in (act_SF, grad_SF))
-            self._record_neurons(act.float(), grad.float(), gate_S1, routed_E, lengths, block)
+            act, grad = (
+                None if x is None else (x[:, block] if whole else x[kept_S, block]).float() for x in (act_SF, grad_SF)
+            )
+            assert act is not None
+            self._record_neurons(act, grad, gate_S1, routed_E, lengths, block)
         self.tokens += routed_E
 
     def _record_neurons(
-        self, act: Tensor, grad: Tensor, gate_S1: Tensor, routed_E: Tensor, lengths: Tensor, block: slice
+        self, act: Tensor, grad: Tensor | None, gate_S1: Tensor, routed_E: Tensor, lengths: Tensor, block: slice
     ) -> None:
         """Add some neurons' part; `lengths` are those of every expert's sequences."""
-        per_sequence = _sum_rows(act * grad, lengths).view(self.number, self.sweep.sequences, -1)
         sums = {
-            "taylor_LEF": per_sequence.abs().sum(1, dtype=torch.float64),
-            "fisher_LEF": per_sequence.square().sum(1, dtype=torch.float64),
             "act_sq_LEF": _sum_rows(act.square(), routed_E),
             "gated_act_sq_LEF": _sum_rows((act * gate_S1).square_(), routed_E),
-            "grad_sq_LEF": _sum_rows(grad.square(), routed_E),
         }
+        if grad is not None:
+            per_sequence = _sum_rows(act * grad, lengths).view(self.number, self.sweep.sequences, -1)
+            sums["taylor_LEF"] = per_sequence.abs().sum(1, dtype=torch.float64)
+            sums["fisher_LEF"] = per_sequence.square().sum(1, dtype=torch.float64)
+            sums["grad_sq_LEF"] = _sum_rows(grad.square(), routed_E)
         for name, value in sums.items():
             self.neuron[name][:, block] += value
 
@@ -186,18 +138,22 @@ class HeadSums:
     def __init__(self, heads: int, device: torch.device, sweep: Tokens) -> None:
         self.sweep = sweep
         self.heads = heads
-        self.head = {name: accumulator(device, heads) for name in ExpertStats.HEAD_SUMS}
+        self.head = {name: accumulator(device, heads) for name in _taken(ExpertStats.HEAD_SUMS, sweep)}
 
-    def record(self, value: Tensor, grad: Tensor) -> None:
-        """Add one backward pass; both tensors are `[rows, T, H * C]`."""
+    @torch.no_grad()
+    def record(self, value: Tensor, grad: Tensor | None) -> None:
+        """Add one backward pass, or a forward pass that none follows; both tensors are `[rows, T, H * C]`."""
         shape = (-1, self.heads, value.shape[-1] // self.heads)
         valid = self.sweep.valid_N[:, None, None]
-        value, grad = value.reshape(shape).float() * valid, grad.reshape(shape).float() * valid
+        value = value.reshape(shape).float() * valid
+        self.head["head_act_sq_AH"] += value.square().sum((0, 2))
+        if grad is None:
+            return
+        grad = grad.reshape(shape).float() * valid
         lengths = torch.bincount(self.sweep.sequence_N, minlength=self.sweep.sequences)
         per_sequence = _sum_rows((value * grad).sum(-1), lengths)
         self.head["head_taylor_AH"] += per_sequence.abs().sum(0)
         self.head["head_fisher_AH"] += per_sequence.square().sum(0)
-        self.head["head_act_sq_AH"] += value.square().sum((0, 2))
         self.head["head_grad_sq_AH"] += grad.square().sum((0, 2))
 
 
@@ -234,6 +190,26 @@ class _HeadTap(torch.autograd.Function):
         return grad, None
 
 
+def _tap_experts(act_SF: Tensor, sums: ExpertSums, token_S: Tensor, expert_S: Tensor, gate_S: Tensor) -> Tensor:
+    """The activations as they are; they are summed here, or on the way back."""
+    if sums.sweep.gradients:
+        tapped: Tensor = _ExpertTap.apply(act_SF, sums, token_S, expert_S, gate_S)
+        return tapped
+    if sums.sweep.listening:
+        sums.record(act_SF, None, token_S, expert_S, gate_S)
+    return act_SF
+
+
+def _tap_heads(value: Tensor, sums: HeadSums) -> Tensor:
+    """The heads' outputs as they are; they are summed here, or on the way back."""
+    if sums.sweep.gradients:
+        tapped: Tensor = _HeadTap.apply(value, sums)
+        return tapped
+    if sums.sweep.listening:
+        sums.record(value, None)
+    return value
+
+
 _SUMS: WeakKeyDictionary[nn.Module, ExpertSums] = WeakKeyDictionary()
 
 
@@ -256,7 +232,7 @@ def _scoring_experts(experts: Any, hidden_ND: Tensor, index_NK: Tensor, gate_NK:
     gate = experts._apply_gate if layout.gated else experts.act_fn
     inputs = F.grouped_mm(hidden_ND[token_S], into, offs=ends_E)
     inputs = inputs if into_bias is None else inputs + into_bias[expert_S]
-    act_SF = _ExpertTap.apply(gate(inputs), sums, token_S, expert_S, gate_S)
+    act_SF = _tap_experts(gate(inputs), sums, token_S, expert_S, gate_S)
     out_SD = F.grouped_mm(act_SF, down, offs=ends_E)
     out_SD = out_SD if down_bias is None else out_SD + down_bias[expert_S]
     sums.record_outputs(out_SD, token_S, expert_S, gate_S)
@@ -285,7 +261,7 @@ def _scoring_units(layout: ExpertLayout, experts: nn.Module) -> Callable[[Tensor
         gate_S, sizes = gate_N1.squeeze(-1)[token_S], torch.bincount(expert_S, minlength=len(units)).tolist()
         inputs = hidden_ND[token_S].split(sizes)
         acts = [unit.act(linear(x)) for unit, linear, x in zip(units, into, inputs, strict=True)]
-        act_SF = _ExpertTap.apply(torch.cat(acts), sums, token_S, expert_S, gate_S)
+        act_SF = _tap_experts(torch.cat(acts), sums, token_S, expert_S, gate_S)
         parts = zip(out, act_SF.split(sizes), strict=True)
         out_SD = torch.cat([linear(act.to(linear.weight.dtype)) for linear, act in parts])
         sums.record_outputs(out_SD, token_S, expert_S, gate_S)
@@ -342,7 +318,7 @@ def tapped(
             sums = LayerSums(view, model.config, device, sweep.stacks[view.paths.stack], expert_outputs)
             if view.attention is not None:
                 hook = view.attention.get_submodule(family.projections[-1]).register_forward_pre_hook(
-                    lambda _module, args, heads=sums.heads: (_HeadTap.apply(args[0], heads), *args[1:])
+                    lambda _module, args, heads=sums.heads: (_tap_heads(args[0], heads), *args[1:])
                 )
                 stack.callback(hook.remove)
             if view.experts is not None and sums.experts is not None:

@@ -18,8 +18,8 @@ LEAVES = {
     "schema", "generation_evaluation", "defaults", "engine_rules", "engines", "engine_report",
 }  # fmt: skip
 SLIMMING = {
-    "calibration", "taps", "criteria", "attention_cuts", "blends", "merging", "plan", "describe", "surgery", "cuts", "checkpoint",
-    "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
+    "calibration", "taps", "sweeps", "criteria", "attention_cuts", "blends", "merging", "plan", "describe", "surgery", "cuts",
+    "checkpoint", "factored", "factored_checkpoint", "factorization", "factored_size", "sparsity", "streaming",
     "merged_forms", "engine_form",
     "streamed_teacher",
     "repairs", "layer_repair", "reconstruction", "streamed_repair", "layer_summary",

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from slimmoe_hf import taps
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, OF_GRADIENTS, calibration_loss
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, shape_of
 from slimmoe_hf.identity import model_sha256
+from slimmoe_hf.plan import Target, make_plan
+from slimmoe_hf.search import search_plan
 from slimmoe_hf.stats import ExpertStats
 
 
@@ -122,6 +125,63 @@ def test_how_many_neurons_are_recorded_at_a_time_changes_nothing(padded, monkeyp
         assert torch.equal(tensor, whole.tensors()[name]), name
 
 
+@pytest.mark.parametrize("family", families())
+def test_one_forward_pass_sums_what_a_sweep_with_gradients_does(family, monkeypatch):
+    """Bit by bit; and nothing is differentiated."""
+    model, batch = tiny_model(family), tiny_batch(rows=3)
+    batch["attention_mask"][0, 10:] = 0
+    whole = collect_stats(model, split(batch, 2), "lm", progress=False)
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    forward = collect_stats(model, split(batch, 2), "none", progress=False)
+    assert whole.tensors().keys() - forward.tensors().keys() == set(ExpertStats.GRADIENT_SUMS)
+    for name, tensor in forward.tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name]), name
+    assert forward.meta == whole.meta.model_copy(update={"loss": "none"})
+
+
+def test_a_sweep_without_gradients_serves_all_that_look_at_none_and_no_others(tmp_path):
+    model, batch = tiny_model("phimoe"), tiny_batch(rows=3)
+    collect_stats(model, [batch], "none", progress=False).save(tmp_path / "stats")
+    stats, whole = ExpertStats.load(tmp_path / "stats"), collect_stats(model, [batch], progress=False)
+    target = Target(expert_width=16, num_experts=3, kv_groups=1)
+    for criterion in sorted({*CRITERIA, *EXPERT_CRITERIA}):
+        target_of = target if criterion in CRITERIA else Target(num_experts=3)
+        if criterion in OF_GRADIENTS:
+            with pytest.raises(
+                ValueError, match=f"criterion '{criterion}' looks at gradients.* --loss kd_topk, or .*: energy,"
+            ):
+                make_plan(stats, target_of, criterion)
+            with pytest.raises(ValueError, match=f"criterion '{criterion}' looks at gradients"):
+                make_plan(stats, target_of, "energy", expert_criterion=criterion)
+        else:
+            plans = [make_plan(each, target_of, criterion) for each in (stats, whole)]
+            assert [plan.meta.loss for plan in plans] == ["none", "kd_topk"]
+            layers = [each.model_dump() for plan in plans for each in plan.meta.layers]
+            assert layers[: len(layers) // 2] == layers[len(layers) // 2 :], criterion
+    with pytest.raises(ValueError, match=r"a search for a budget looks at gradients"):
+        search_plan(stats, "0.6x")
+    with pytest.raises(ValueError, match=r"compares with no teacher"):
+        collect_stats(model, [batch], "none", model, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "criteria", "searched", "loss"),
+    [
+        (None, ("energy",), False, "none"), (None, ("magnitude", "frequency"), False, "none"), (None, ("reap",), False, "none"),
+        (None, ("taylor",), False, "kd_topk"), (None, ("energy", "output_fisher"), False, "kd_topk"),
+        (None, ("energy",), True, "kd_topk"), ("lm", ("energy",), False, "lm"), ("kd_topk", ("energy",), False, "kd_topk"),
+        ("none", ("energy", "reap"), False, "none"), ("none", ("fisher",), False, "criterion 'fisher' looks at gradients"),
+        ("none", ("energy", "taylor"), False, "criterion 'taylor'"), ("none", ("energy",), True, "a search for a budget"),
+    ],
+)  # fmt: skip
+def test_gradients_are_taken_where_somebody_looks_at_them(asked, criteria, searched, loss):
+    if " " in loss:
+        with pytest.raises(ValueError, match=f"loss 'none': {loss}"):
+            calibration_loss(asked, *criteria, searched=searched)
+    else:
+        assert calibration_loss(asked, *criteria, searched=searched) == loss
+
+
 def test_padding_counts_for_nothing():
     model, batch = tiny_model("phimoe"), tiny_batch(rows=3)
     pad = torch.nn.functional.pad
@@ -224,7 +284,7 @@ def test_non_finite_weights_stop_the_sweep_with_the_batch_named():
 
 
 def test_unknown_loss_and_empty_data_are_refused():
-    with pytest.raises(ValueError, match="calibration loss 'ce' is unknown; use one of lm, kd_topk"):
+    with pytest.raises(ValueError, match="calibration loss 'ce' is unknown; use one of lm, kd_topk, none"):
         collect_stats(tiny_model("phimoe"), [tiny_batch()], "ce", progress=False)
     with pytest.raises(ValueError, match="no tokens"):
         collect_stats(tiny_model("phimoe"), [], progress=False)

@@ -110,7 +110,7 @@ def test_a_second_run_applies_the_stored_plan_instead_of_scoring(tmp_path, monke
         ({"target": Target(expert_width=8)}, r"target: .*16.* -> .*8"),
         ({"criterion": "taylor"}, "criterion: 'energy' -> 'taylor'"),
         ({"reconstruct": False}, "reconstruct: True -> False"),
-        ({"loss": "lm"}, "loss: 'kd_topk' -> 'lm'"),
+        ({"criterion": "taylor", "loss": "lm"}, "loss: None -> 'lm'"),
         ({"calibration_dataset": text(4, 8)}, "calibration data: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

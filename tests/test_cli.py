@@ -307,7 +307,10 @@ def test_any_training_argument_may_stand_in_the_config_file(home: Path):
         (["slim", "m", "--output", "o", "--plan", "nowhere"], "nowhere: no plan there"),
         (["score"], "score needs model, data, output (see slimmoe score --help)"),
         (["score", "m", "--los", "lm"], "unrecognized arguments: --los"),
-        (["score", "m", "--data", "d", "--output", "o", "--loss", "ml"], "--loss ml: unknown; use one of lm, kd_topk."),
+        (
+            ["score", "m", "--data", "d", "--output", "o", "--loss", "ml"],
+            "--loss ml: unknown; use one of lm, kd_topk, none.",
+        ),
         (["score", "m", "--calibration-dtype", "int8"], "--calibration-dtype: invalid choice: 'int8'"),
         (["score", "./nowhere", "--data", "d", "--output", "o"], "./nowhere: no such folder"),
         (["plan", "--output", "o"], "plan takes one statistics file, or show"),

@@ -22,7 +22,7 @@ def test_defaults_are_spelt_out_and_read_back_equal():
     recipe = parse_recipe(minimal(), "r")
     [stage] = recipe.stages
     assert stage.target.sizes == Target(expert_width=64)
-    assert stage.criterion == "energy" and stage.calibration.loss == "kd_topk" and stage.calibration.reconstruct
+    assert stage.criterion == "energy" and stage.loss == "none" and stage.calibration.reconstruct
     again = parse_recipe(yaml.safe_load(recipe.to_yaml()), "r")
     assert again == recipe and again.differences(recipe) == []
 

@@ -141,6 +141,32 @@ def test_stopped_anywhere_it_continues_there_and_ends_with_the_same_statistics(
     assert read == []
 
 
+@pytest.mark.parametrize("stopped", range(3))
+def test_without_a_loss_the_layers_are_passed_once_and_two_files_are_kept(
+    stopped: int, origin: Path, tmp_path: Path, read: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    reads = [[EMBEDDINGS, 0, 1, HEAD], [0, 1, HEAD], [1, HEAD]]
+    real, files = Walk.write, set[int]()
+
+    def counted(self: Walk, kind: str, layer: int, make: Callable[[int], torch.Tensor]) -> None:
+        real(self, kind, layer, make)
+        files.add(len(self.have("inputs")))
+
+    monkeypatch.setattr(Walk, "write", counted)
+    monkeypatch.setattr(Blocks, "logits", None)
+    whole = stream_stats(origin / "model", text(), "none", work=tmp_path / "whole", progress=False)
+    assert read == reads[0] and files == {1, 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopping(patch, stopped + 1)
+        stream_stats(origin / "model", text(), "none", work=tmp_path / "work", progress=False)
+    read.clear()
+    continued = stream_stats(origin / "model", text(), "none", work=tmp_path / "work", progress=False)
+    assert read == reads[stopped] and continued.sha256 == whole.sha256
+    read.clear()
+    assert stream_stats(origin / "model", text(), "none", work=tmp_path / "work", progress=False).sha256 == whole.sha256
+    assert read == []
+
+
 def _score_and_die(argv: list[str]) -> None:
     real = Walk.write
 
