@@ -62,6 +62,7 @@ def measure(folder: Path, width: int, rows: list[list[list[int]]]) -> dict[str, 
 
     work: dict[str, Callable[[], Any]] = {
         "forward pass": forward,
+        "scoring, none": lambda: collect_stats(model, batches, "none", progress=False),
         "scoring, kd_topk": lambda: collect_stats(model, batches, "kd_topk", progress=False),
         "reconstruction": lambda: reconstruct(model, batches, plan, progress=False),
     }
