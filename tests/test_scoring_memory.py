@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from slimmoe_hf import checkpoint
 from slimmoe_hf.cache_answers import write_cache
+from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.loading import load_config, load_model
 from slimmoe_hf.memory import Memory, meta_model
 from slimmoe_hf.peak import PeakMemory
@@ -42,6 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(model: Path, work: Path) -> None:
     stream_stats(model, [tiny_batch(2, 128)] * 2, "lm", work=work / "scoring", progress=False)
+
+
+def listen(model: Path, work: Path) -> None:
+    stream_stats(model, [tiny_batch(2, 128)] * 2, "none", work=work / "scoring", progress=False)
+
+
+def listen_in_memory(model: Path, work: Path) -> None:
+    collect_stats(load_model(model), [tiny_batch(2, 128)] * 2, "none", progress=False)
 
 
 def answer(model: Path, work: Path) -> None:
@@ -79,11 +88,13 @@ def _measured(way: Callable[[Path, Path], None], model: Path, work: Path) -> Non
     ("way", "estimate"),
     [
         (score, lambda config: streamed_scoring_memory(config, **STORED)),
+        (listen, lambda config: streamed_scoring_memory(config, gradients=False, **STORED)),
+        (listen_in_memory, lambda config: scoring_memory(config, gradients=False, **SIZE)),
         (answer, lambda config: streamed_answers_memory(config, device=None, **STORED)),
         (repair_streamed, lambda config: repairing(config, streamed=True)),
         (repair, lambda config: repairing(config, streamed=False)),
     ],
-    ids=["scores", "answers", "repairs", "repairs in memory"],
+    ids=["scores", "scores without gradients", "the same in memory", "answers", "repairs", "repairs in memory"],
 )
 def test_a_streamed_model_takes_what_is_said(
     way: Callable[[Path, Path], None], estimate: Callable[..., Memory], model: Path, tmp_path: Path
@@ -93,7 +104,7 @@ def test_a_streamed_model_takes_what_is_said(
     found = int((tmp_path / "work" / "peak").read_text())
     said = estimate(load_config(model))
     assert 0.75 < (said.total + said.host) / found < 1.35
-    if way in (score, answer):
+    if way in (score, listen, answer):
         assert said.total + said.host < 0.75 * scoring_memory(load_config(model), **SIZE).total
 
 

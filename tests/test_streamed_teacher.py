@@ -164,7 +164,7 @@ def test_a_recipe_may_stream_every_stage_and_its_teachers_answers(
     values["teacher_cache"] = {"top_k": 16, "stream": True, "stream_memory": "100MB"}
     values["evaluation"] = {"tokens": 200, "max_new_tokens": 1}
     for stage in values["stages"]:
-        stage |= {"calibration": {"tokens": 512, "stream": True}, "distillation": {"max_steps": 1}}
+        stage |= {"calibration": {"tokens": 512, "stream": True, "loss": "kd_topk"}, "distillation": {"max_steps": 1}}
     monkeypatch.setattr(pipeline, "collect_stats", None)
     monkeypatch.setattr(pipeline, "load_model", None)
     loaded = forbid_loading(monkeypatch, Path(values["model"]))
