@@ -46,6 +46,7 @@ from slimmoe_hf.plan import Target, make_plan, validate_target
 from slimmoe_hf.reconstruction import reconstruct
 from slimmoe_hf.repairs import REPAIR_KINDS
 from slimmoe_hf.search import search_plan
+from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_evaluation import stream_loss
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.streaming import stream_stats
@@ -153,6 +154,14 @@ def test_mask_gradients_equal_weight_gradient_sums(family: str):
             out = view.attention.get_parameter(f"{row.projections[-1]}.weight")
             heads = (out * out.grad).sum(0).view(shape.query_heads, -1).sum(-1).abs().double()
             assert_close(stats.head_taylor_AH[view.index], heads, atol=1e-5, rtol=1e-3)
+
+
+@every_family
+def test_one_forward_pass_sums_what_a_sweep_with_gradients_does(family: str):
+    model, batch = copy.deepcopy(model_and_stats(family)[0]), tiny_batch(rows=1)
+    whole, forward = (collect_stats(model, [batch], loss, progress=False).tensors() for loss in ("lm", "none"))
+    assert whole.keys() - forward.keys() == set(ExpertStats.GRADIENT_SUMS)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in forward.items())
 
 
 @every_family
