@@ -123,8 +123,11 @@ def _reasons(engine: Engine, facts: Facts) -> list[Reason]:
     def because(effect: Effect, text: str, mended: bool = False) -> Reason:
         return Reason(effect=effect, text=text, source="", mended=mended)
 
+    unread = because("not known", f"no rules are written for {facts.family} with {engine.title}")
     if facts.family not in engine.families:
-        return [because("not known", f"no rules are written for {facts.family} with {engine.title}")]
+        form = "dense" if facts.form == "factored" else "duplicate"
+        own = f"its experts are {facts.form}, which only slimmoe_hf loads; slimmoe export --form {form} makes it a stock model"
+        return [unread] if facts.form is None else [because("no", own), unread]
     if facts.form is not None:
         return [
             because("no", f"its experts are {facts.form}, which only slimmoe_hf loads; --for makes it a stock checkpoint", True),

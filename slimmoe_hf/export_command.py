@@ -127,11 +127,11 @@ def _verdict_of(folder: Path, engine: str) -> Verdict:
 
 
 def _refuse(folder: Path, verdict: Verdict) -> None:
-    if not verdict.known:
-        raise ValueError(f"{folder}: {verdict.why}, so nothing can be written for it. Convert the checkpoint as it is.")
     if verdict.blocking:
         why = "; ".join(reason.text for reason in verdict.blocking)
         raise ValueError(f"{folder}: {verdict.title} {verdict.version} would not load it: {why}. Nothing was written.")
+    if not verdict.known:
+        raise ValueError(f"{folder}: {verdict.why}, so nothing can be written for it. Convert the checkpoint as it is.")
 
 
 def _copy_plan(folder: Path, partial: Path) -> None:

@@ -107,6 +107,8 @@ def shape_of(config: PreTrainedConfig) -> Shape:
         **{stack.number_key: getattr(config, stack.number_key, None) for stack in family.stacks},
     }
     for key, value in numbers.items():
+        if isinstance(value, list):
+            raise ValueError(f"config.json: {key}={value!r}: layers that differ in it cannot be told apart in a plan.")
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"config.json: {key}={value!r} should be a positive number for a {config.model_type} model."

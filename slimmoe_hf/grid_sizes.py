@@ -16,6 +16,7 @@ from slimmoe_hf.factored_size import count_factored
 from slimmoe_hf.factorization import check_rank
 from slimmoe_hf.families import shape_of
 from slimmoe_hf.grid import Budget, Grid, Method
+from slimmoe_hf.limits import possible_experts, possible_widths
 from slimmoe_hf.plan import ALIGNMENT, Target
 from slimmoe_hf.sizing import expert_parameters, parameter_counts, slimmed_config
 
@@ -153,11 +154,11 @@ def _others(
                 method.model_copy(update={"merge": method.merge.model_copy(update={"num_experts": number})}),
             )
     elif method.target is not None:
-        name, values = "kv_groups", range(1, shape.kv_groups + 1)
+        name, values = "kv_groups", list(range(1, shape.kv_groups + 1))
         if method.target.expert_width is not None:
-            name, values = "expert_width", range(ALIGNMENT, shape.expert_width + 1, ALIGNMENT)
+            name, values = "expert_width", possible_widths(config, ALIGNMENT)
         elif method.target.num_experts is not None:
-            name, values = "num_experts", range(shape.top_k, shape.num_experts + 1)
+            name, values = "num_experts", possible_experts(config)
         for value in values:
             yield (
                 f"{name} {value}",

@@ -185,6 +185,19 @@ def test_factored_experts_load_nowhere_and_are_exported_as_a_stock_model(tmp_pat
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_factored_experts_of_an_unread_family_load_nowhere_until_they_are_made_stock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tiny_model("qwen2_moe")
+    factor_experts(model, 8)
+    model.save_pretrained(tmp_path / "factored")
+    capsys.readouterr()  # of saving
+    assert set(verdicts(tmp_path / "factored").values()) == {"no"}
+    line = error_of(capsys, "export", str(tmp_path / "factored"), "--for", "vllm", "--output", str(tmp_path / "output"))
+    assert "only slimmoe_hf loads; slimmoe export --form dense makes it a stock model" in line
+    assert not (tmp_path / "output").exists()
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
