@@ -39,21 +39,23 @@ def _per_routed_token(stats: ExpertStats, sums_LEF: Tensor) -> Tensor:
     return sums_LEF / stats.tokens_LE.clamp(min=1).unsqueeze(-1)
 
 
-def of_gradients(values: Tensor | None, what: str) -> Tensor:
+def of_gradients(values: Tensor | None, what: str, instead: str | None = None) -> Tensor:
     """A sum over gradients, where the statistics have it.
 
     Args:
         values: Of the statistics.
         what: Asks for it, for people.
+        instead: What can be done with these, for people; None is another criterion.
 
     Raises:
         ValueError: They were taken without gradients.
     """
     if values is None:
         forward = [name for name in (*CRITERIA, *EXPERT_CRITERIA) if name not in OF_GRADIENTS]
+        instead = instead or f"take a criterion of: {', '.join(dict.fromkeys(forward))}"
         raise ValueError(
             f"{what} looks at gradients, and these statistics were scored without (loss {NO_LOSS}). Score again with --loss "
-            f"{CALIBRATION_LOSS}, or take a criterion of: {', '.join(dict.fromkeys(forward))}; a budget needs gradients."
+            f"{CALIBRATION_LOSS}, or {instead}."
         )
     return values
 

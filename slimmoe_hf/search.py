@@ -194,7 +194,7 @@ def search_plan(
         ```
     """
     of_experts = check_criteria(criterion, expert_criterion, neurons=True, experts=True)
-    of_gradients(stats.grad_sq_LEF, "a search for a budget")
+    of_gradients(stats.grad_sq_LEF, "a search for a budget", "name the sizes instead of a budget")
     sizes = _sizes(stats)
     limits = sizes.limits(budget, active_budget)
     losses = Losses(stats, criterion, of_experts, seed, sizes.widths)

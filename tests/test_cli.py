@@ -179,8 +179,14 @@ def test_the_way_from_a_model_to_a_better_one(home: Path, capsys: pytest.Capture
 
     assert cli.main(["slim", teacher, "--plan", plan, "--output", slim]) == 0
     at_once = ["slim", teacher, "--data", text, *DATA, "--tokens", "1024", "--expert-width", "16", "--output"]
+    unfit = one_error(capsys, *at_once, str(home / "unfit"), "--criterion", "taylor", "--loss", "none")
+    assert "loss 'none': criterion 'taylor' looks at gradients, and it has none. Leave the loss out" in unfit
+    unfit = one_error(
+        capsys, "plan", teacher, "--data", text, "--budget", "0.6x", "--loss", "none", "--output", plan + "2"
+    )
+    assert "loss 'none': a search for a budget looks at gradients" in unfit
     assert cli.main([*at_once, str(home / "at-once"), "--no-reconstruct"]) == 0
-    assert weights_sha256(home / "at-once") == weights_sha256(Path(slim))
+    assert weights_sha256(home / "at-once") == weights_sha256(Path(slim)), "without gradients, of which it needs none"
     training = ["--max-steps", "6", "--learning-rate", "1e-3", "--per-device-train-batch-size", "4"]
     given = ["--model", slim, "--teacher", teacher, "--data", text, *DATA, *training, "--output", better]
     assert cli.main(["distill", *given]) == 0

@@ -526,6 +526,17 @@ def test_scores_are_taken_once_a_seed(finished: tuple[Path, Comparison]):
     assert len(list(home.glob(f"out/points/*/{STATS}"))) == 2
 
 
+def test_a_grid_takes_gradients_where_a_method_looks_at_them(tmp_path: Path):
+    values = tiny_grid(tmp_path)
+    values["calibration"].pop("loss", None)
+    assert parse_grid(values, "grid").sweep.loss == "kd_topk"
+    with pytest.raises(ValueError, match="loss 'none': criterion 'taylor' looks at gradients"):
+        parse_grid({**values, "calibration": {**values["calibration"], "loss": "none"}}, "grid")
+    [table, _] = values["tables"]
+    methods = [method for method in table["methods"] if method.get("criterion") != "taylor"]
+    assert parse_grid({**values, "tables": [{**table, "methods": methods}]}, "grid").sweep.loss == "none"
+
+
 def test_a_grid_survives_its_yaml(finished: tuple[Path, Comparison]):
     grid = load_grid(finished[0] / "grid.yaml")
     assert isinstance(grid, Grid) and parse_grid(yaml.safe_load(grid.to_yaml()), "again") == grid

@@ -35,6 +35,14 @@ def test_defaults_are_spelt_out_and_read_back_equal():
         (minimal(data={"sorce": "sotu"}), "data.sorce: unknown key; did you mean source?"),
         (minimal(stages=[{"target": {"expert_widht": 8}}]), "target.expert_widht: unknown key; did you mean expert_width?"),
         (minimal(stages=[{"target": {}, "calibration": {"token": 9}}]), "calibration.token: unknown key; did you mean tokens?"),
+        (
+            minimal(stages=[{"target": {"expert_width": 8}, "criterion": "taylor", "calibration": {"loss": "none"}}]),
+            "loss 'none': criterion 'taylor' looks at gradients",
+        ),
+        (
+            minimal(stages=[{"target": {"budget": "0.5x"}, "calibration": {"loss": "none"}}]),
+            "loss 'none': a search for a budget looks at gradients",
+        ),
         (minimal(stages=[{"target": {}, "distillation": {"learning_rat": 1}}]), "did you mean learning_rate?"),
         (minimal(stages=[{"target": {}, "distillation": {"output_dir": "x"}}]), "output_dir cannot be set here: the run's"),
         (minimal(stages=[{"target": {}, "distillation": {"fsdp": True}}]), "fsdp cannot be set here: the config that"),

@@ -185,7 +185,9 @@ def test_a_recipe_may_stream_every_stage_and_its_teachers_answers(
     assert TeacherCache.open(tmp_path / "run" / CACHE).spec.top_k == 16
     assert not [file for file in (tmp_path / "run").rglob("*") if "stream" in file.name or "scoring" in file.name]
     of_teacher = [*WHOLE[0], HEAD, *WHOLE[0]]
-    assert read[:9] == of_teacher and len(read) == 9 + len(WHOLE[1]) + len(WHOLE[0]) + len(WHOLE[1])
+    assert read[:9] == of_teacher and len(read) == 9 + len(WHOLE[1]) + len(WHOLE[0]) + len(WHOLE[1]) + 2 * len(
+        [EMBEDDINGS, 0, 1]
+    )  # reconstructed
 
 
 @pytest.mark.parametrize(
