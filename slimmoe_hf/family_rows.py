@@ -32,7 +32,11 @@ _DEEPSEEK = Family(
     "mlp.experts", "mlp.gate", "moe_intermediate_size", "n_routed_experts", routing_keys=("n_group", "topk_group"),
     router_bias="mlp.gate.e_score_correction_bias", shared_key="n_shared_experts", disk=_CORRECTED,
 )  # fmt: skip
-_LATENT = replace(_DEEPSEEK, projections=(), no_groups=_LATENT_ATTENTION.format("DeepSeek"))
+# Queries are compressed too (q_a_proj, q_b_proj) or are not (q_proj), as the config says.
+_LATENT = replace(
+    _DEEPSEEK, projections=(), no_groups=_LATENT_ATTENTION.format("DeepSeek"),
+    adapted=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+)  # fmt: skip
 _GRANITE = Family(
     "block_sparse_moe.experts", "block_sparse_moe.router", "intermediate_size", "num_local_experts", disk=_GRANITE_NAMES,
     no_stream=_SCALED_EMBEDDINGS.format("Granite"),
@@ -66,7 +70,7 @@ FAMILIES = {
         _QWEN, head_rows=("sinks",), disk=DiskNames(others=(("self_attn.sinks", "self_attn.softmax_offset"),)),
     ),
     "laguna": replace(
-        _QWEN, router_bias="mlp.gate.e_score_correction_bias", projections=(),
+        _QWEN, router_bias="mlp.gate.e_score_correction_bias", projections=(), adapted=_QWEN.projections,
         disk=DiskNames(
             router_bias="mlp.experts.e_score_correction_bias", others=(("mlp.shared_experts.", "mlp.shared_expert."),),
         ),
@@ -105,7 +109,7 @@ FAMILIES = {
     "dots1": _DEEPSEEK,
     "solar_open": _DEEPSEEK,
     "mimo_v2_flash": replace(
-        _DEEPSEEK, shared_key=None, projections=(),
+        _DEEPSEEK, shared_key=None, projections=(), adapted=_DEEPSEEK.projections,
         disk=replace(_CORRECTED, others=(("self_attn.sinks", "self_attn.attention_sink_bias"),)),
         no_groups="MiMo's sliding layers have numbers of heads of their own (swa_num_attention_heads)",
     ),

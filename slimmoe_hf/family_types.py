@@ -206,6 +206,8 @@ class Family:
         disk: What a published checkpoint calls them.
         projections: Names of the attention's query, key, value and output projections; empty where it has none such. A
             layer without them counts as one without attention.
+        adapted: Names of the attention's linear layers that an adapter goes on, as far as a layer has them; empty where those
+            are `projections`.
         query_parts: How many times the head width a head's rows in the query projection are.
         query_rows: Further weights of the attention with as many rows as the output projection has columns.
         head_rows: Those with a row per query head.
@@ -231,6 +233,7 @@ class Family:
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     disk: DiskNames = field(default_factory=DiskNames)
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    adapted: tuple[str, ...] = ()
     query_parts: int = 1
     query_rows: tuple[str, ...] = ()
     head_rows: tuple[str, ...] = ()

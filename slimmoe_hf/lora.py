@@ -31,7 +31,7 @@ def lora_config(
         rank: Of the adapter of one matrix.
         alpha: The update is scaled by `alpha / rank`; None is twice the rank.
         experts: Adapt the experts.
-        attention: Adapt the query, key, value and output projections.
+        attention: Adapt the query, key, value and output projections, and where they are compressed (DeepSeek's) both steps.
         router: Adapt the routers.
 
     Raises:
@@ -50,10 +50,8 @@ def lora_config(
         raise ValueError(f"alpha={alpha}: give 1 or more; twice the rank is usual.")
     if not (experts or attention or router):
         raise ValueError("experts, attention and router are all off, which leaves nothing to train. Turn one on.")
-    if attention and not family.projections and not (experts or router):
-        raise ValueError(
-            f"the attention of a {config.model_type} has no q, k, v and o projections to adapt. Adapt the experts."
-        )
+    adapted = family.adapted or family.projections
+    modules = [f"{family.attention}.{name}" for name in adapted] if attention else []
     parameters = [f"{family.experts}.{name}" for name in (family.layout.gate_up, family.layout.down)] if experts else []
     if router:  # a parameter too: what a router module returns is no plain output that an adapter could be added to
         parameters.append(f"{family.router}.{family.router_weight}")
@@ -61,6 +59,6 @@ def lora_config(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
-        target_modules=[f"{family.attention}.{name}" for name in family.projections] if attention else [],
+        target_modules=modules,
         target_parameters=parameters or None,
     )

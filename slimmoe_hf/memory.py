@@ -298,17 +298,27 @@ def _phases(
     model = _meta_model(config)
     family = family_of(model.config)
 
-    def adapt(model: Any) -> Any:
-        settings = lora_config(model.config, lora_rank or 1, experts=lora_experts)
-        with warnings.catch_warnings():  # a skeleton may have no layer with experts
-            warnings.simplefilter("ignore", RuntimeWarning)
-            return get_peft_model(model, settings, autocast_adapter_dtype=True)
-
     return trace(
         model, family.layers, run, dtype=dtype, batch=batch, length=length,
-        adapt=adapt if lora_rank is not None else None,
+        adapt=(lambda model: _adapted(model, lora_rank, lora_experts)) if lora_rank is not None else None,
         companion=run.companion if isinstance(run, _Step) else None,
     )  # fmt: skip
+
+
+def _adapted(model: Any, rank: int, experts: bool) -> Any:
+    """A skeleton with an adapter on what its layer has of what is adapted; of a layer without any, on nothing."""
+    settings = lora_config(model.config, rank, experts=experts)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    modules, parameters = (
+        [target for target in targets or () if any(name.endswith(f".{target}") for name in names)]
+        for targets in (settings.target_modules, settings.target_parameters)
+    )
+    if modules or parameters:
+        settings.target_modules, settings.target_parameters = modules, parameters or None
+        return get_peft_model(model, settings, autocast_adapter_dtype=True)
+    model.requires_grad_(False)
+    model.enable_input_require_grads()  # the way back leads through the layer to adapters below it
+    return model
 
 
 def _bytes(model: nn.Module, dtype: torch.dtype) -> int:

@@ -133,14 +133,17 @@ def skeleton(model: PreTrainedModel, layers_path: str, layers: Sequence[nn.Modul
     short = nn.ModuleList(copy.deepcopy(list(layers)))
     copied: Any = copy.deepcopy(model, {id(whole): short})
     places = [list(whole.children()).index(layer) for layer in layers]
-    for key in (
-        "layer_types",
-        "layers_block_type",
-    ):  # a model of several kinds of layers asks what each is by its number
-        kinds = vars(copied.config).get(key)
-        if isinstance(kinds, list):
-            rest = [kind for place, kind in enumerate(kinds) if place not in places]
-            vars(copied.config)[key] = [kinds[place] for place in places] + rest
+    # A model of several kinds of layers asks what each is by its number, and so does its cache. Where the config derives the
+    # kinds (Jamba's), the numbers stay as well.
+    reordered = [key for key in ("layer_types", "layers_block_type") if isinstance(vars(copied.config).get(key), list)]
+    for key in reordered:
+        kinds = vars(copied.config)[key]
+        rest = [kind for place, kind in enumerate(kinds) if place not in places]
+        vars(copied.config)[key] = [kinds[place] for place in places] + rest
+    for number, layer in enumerate(short if reordered else ()):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = number
     copied.set_attn_implementation(_ATTENTION)
     return copied.to(dtype)
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import rows
 from peft import PeftModel, get_peft_model
 from tiny import FAMILY_NAMES, tiny_batch, tiny_model
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from slimmoe_hf import lora_config
-from slimmoe_hf.families import moe_layers, shape_of
+from slimmoe_hf.families import FAMILIES, moe_layers, shape_of
 
 RANK = 4
 
@@ -89,6 +91,28 @@ def test_a_saved_adapter_loads_again_and_merged_it_is_the_same_model(family: str
     merged: Any = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), wanted)
+
+
+@pytest.mark.parametrize("family", rows(("deepseek_v3",), lambda row: not row.encoder_decoder))
+@torch.no_grad()
+def test_every_attention_is_adapted_and_merged_it_is_the_same_model(family: str):
+    (model, base), row = adapted(family), FAMILIES[family]
+    modules = [name for name, _ in base.named_modules()]
+    named = {
+        name: [path for path in modules if path.endswith(f".{row.attention}.{name}")]
+        for name in row.adapted or row.projections
+    }
+    assert {name for name, paths in named.items() if not paths} <= {
+        "q_proj"
+    }  # compressed ones are in two steps instead
+    outer = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    on_attention = [name for name in outer if f".{row.attention}." in name and row.experts not in name]
+    assert len(on_attention) == sum(map(len, named.values())) > 0
+    for weight in outer.values():
+        weight.normal_(std=0.1)
+    changed, merged = logits(model.eval()), logits(model.merge_and_unload())
+    assert_close(merged, changed, atol=2e-4, rtol=2e-4)
+    assert not torch.allclose(changed, logits(base), atol=1e-2)
 
 
 def test_parts_can_be_left_out_and_the_scale_is_twice_the_rank():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import FAMILY_NAMES, families, tiny_model
 from transformers import (
     AutoConfig,
@@ -22,9 +23,9 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
-from slimmoe_hf import tracing
+from slimmoe_hf import cli, lora_config, tracing
 from slimmoe_hf.evaluation import count_parameters
-from slimmoe_hf.families import FAMILIES
+from slimmoe_hf.families import DECODERS, FAMILIES
 from slimmoe_hf.memory import (
     CACHE_TOP_K,
     cache_bytes_per_token,
@@ -34,7 +35,7 @@ from slimmoe_hf.memory import (
 )
 from slimmoe_hf.plan import Target
 from slimmoe_hf.scoring_memory import scoring_memory
-from slimmoe_hf.size_command import size
+from slimmoe_hf.size_command import LORA_RANK, size
 from slimmoe_hf.sizing import (
     parameter_counts,
     parse_gpu,
@@ -319,6 +320,36 @@ def test_slimmed_configs_are_copies():
     config = phi()
     assert parameter_counts(slimmed_config(config, Target(expert_width=960))).total < parameter_counts(config).total
     assert config.intermediate_size == 6400
+
+
+def adapter_bytes(family: str, rank: int) -> int:
+    model = tiny_model(family)
+    adapter = get_peft_model(model, lora_config(model.config, rank))
+    return 4 * sum(weight.numel() for weight in adapter.parameters() if weight.requires_grad)
+
+
+def test_layers_of_several_kinds_are_estimated_and_their_adapter_counted_exactly():
+    """Of a Nemotron-H; some of its layers have neither attention nor experts."""
+    config = tiny_model("nemotron_h").config
+    said = training_memory(config, lora_rank=4, length=8)
+    assert said.parts["adapter"] == adapter_bytes("nemotron_h", 4)
+    for found in (said, inference_memory(config, length=8), scoring_memory(config, batch=1, length=8)):
+        assert all(part >= 0 for part in found.parts.values()) and found.total > found.parts["weights"] > 0, found
+
+
+@pytest.mark.slow  # ten uses of each family, a second or two; Jamba's mamba layers take each token by itself
+@pytest.mark.parametrize("family", DECODERS)
+def test_size_says_what_every_use_of_every_family_takes(family, tmp_path, capsys):
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    assert cli.main(["size", str(tmp_path), "--length", "8", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert answer["memory"][f"LoRA, rank {LORA_RANK}"]["parts"]["adapter"] == adapter_bytes(family, LORA_RANK)
+    for use, found in answer["memory"].items():
+        assert all(part >= 0 for part in found["parts"].values()) and found["total"] > found["parts"]["weights"] > 0, (
+            use
+        )
 
 
 @pytest.mark.slow
