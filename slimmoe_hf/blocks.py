@@ -27,6 +27,7 @@ from slimmoe_hf.families import FAMILIES, family_of, layer_views, refuse_encoder
 from slimmoe_hf.identity import combined, sample, sampled, tensor_sha256
 from slimmoe_hf.loading import load_config, weight_files
 from slimmoe_hf.shards import DTYPES, Buffer, all_finite, read_header
+from slimmoe_hf.weight_dtypes import kept_float32
 
 EMBEDDINGS, HEAD, REST = -1, -2, -3
 """Numbers of what is no decoder layer; the rest, the final norm, is always there."""
@@ -118,7 +119,7 @@ class Blocks:
     Attributes:
         config: Its config. model: With its weights on the meta device, but for the part in hand and the final norm.
         views: Its decoder layers, `families.LayerView`. hidden_size: D.
-        device, dtype: What is computed on and in.
+        device, dtype: What is computed on and in; weights that `from_pretrained` has in another dtype are in that.
         digests: Hashes of the weights of every part that was hashed when it was read, by their names in the model.
         seconds_reading, seconds_placing: For a byte of the decoder layer that was read last.
     """
@@ -159,6 +160,8 @@ class Blocks:
         self._hollow = {part: dict(module.state_dict()) for part, module in self._modules.items()}
         tied = self.model.all_tied_weights_keys
         self._names = {name: tied.get(name, name) for name in self.model.state_dict()}
+        self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        self._dtypes |= dict.fromkeys(kept_float32(self.model, dtype), torch.float32)
         for number in range(len(slots)):
             slots[number] = Pass(slots[number])
         for module in self.model.base_model.children():
@@ -168,13 +171,13 @@ class Blocks:
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(inside)}
         read = self._reader.read({name: tensor.shape for name, tensor in rest.items()}, finite=True)
         self.digests: dict[int, dict[str, str]] = {
-            REST: {name: tensor_sha256(tensor, dtype) for name, tensor in read.items()}
+            REST: {name: tensor_sha256(tensor, self._dtypes[name]) for name, tensor in read.items()}
         }
         self._require_begun_anywhere(read)
 
     def _require_begun_anywhere(self, rest: dict[str, Tensor]) -> None:
         self.model.load_state_dict(
-            {name: weight.to(self.device, self.dtype) for name, weight in rest.items()}, strict=False, assign=True
+            {name: weight.to(self.device, self._dtypes[name]) for name, weight in rest.items()}, strict=False, assign=True
         )
         given = torch.ones(1, 2, self.hidden_size, dtype=self.dtype, device=self.device)
         if not begins_with(given, self.model, self._slots[0]):
@@ -194,7 +197,9 @@ class Blocks:
         wanted, started = self._wanted(part), time.perf_counter()
         found = self._reader.read({self._names[name]: shape for name, shape in wanted.items()}, finite)
         if hashed:
-            self.digests[part] = {name: tensor_sha256(found[self._names[name]], self.dtype) for name in wanted}
+            self.digests[part] = {
+                name: tensor_sha256(found[self._names[name]], self._dtypes[name]) for name in wanted
+            }
         if part >= 0:
             self.seconds_reading = (time.perf_counter() - started) / self.bytes(part)
         inner = len(self._prefixes[part]) + 1
@@ -219,7 +224,8 @@ class Blocks:
     def place(self, part: int, weights: dict[str, Tensor]) -> None:
         """Give a part its weights; they are taken out of `weights`."""
         started = time.perf_counter()
-        placed = {name: weights.pop(name).to(self.device, self.dtype) for name in list(weights)}
+        prefix = self._prefixes[part]
+        placed = {name: weights.pop(name).to(self.device, self._dtypes[f"{prefix}.{name}"]) for name in list(weights)}
         self._modules[part].load_state_dict(placed, assign=True)
         if part >= 0:
             self.seconds_placing = (time.perf_counter() - started) / self.bytes(part)

@@ -138,7 +138,6 @@ def list_cuts(
         raise ValueError(f"the plan cuts {min(stray)}, which this model does not have. Make a plan for this one.")
     given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     cuts, family = [], family_of(config)
-    fine = family.disk.router_bias if family.router_bias not in ("", f"{family.router}.bias") else None
     merged, repaired = _merged(config, parts, plan, duplicate), _repaired(config, plan, duplicate)
     for name, part in parts.items():
         new = renumbered.get(name, name)
@@ -153,8 +152,8 @@ def list_cuts(
                 f"the plan leaves {name} at {shape}, its own sizes ask for {list(wanted.get(new, ()))}. Make a plan for "
                 "this model."
             )
-        exact = fine is not None and name.endswith(f".{fine}")  # what is added for the choice alone stays as it is
-        kept = given if given is not None and part.dtype.is_floating_point and not exact else part.dtype
+        castable = part.dtype.is_floating_point and not family.keeps_dtype(name)
+        kept = given if given is not None and castable else part.dtype
         if name in merged:
             cuts.append(Cut(new, wanted[new], kept, part, *merged[name], given=repaired.get(name)))
             continue

@@ -95,7 +95,7 @@ def load_factored(
     folder = Path(folder)
     config, entry = read_config(folder, FACTORED, "factored")
     model = skeleton(config, entry, stock, folder)
-    tensors = read_tensors(folder, dtype, config)
+    tensors = read_tensors(folder, dtype, model)
     weights = _weights(model, tensors, regrow, folder)
     try:
         install(model, weights)

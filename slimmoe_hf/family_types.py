@@ -281,6 +281,18 @@ class Family:
         inside = self.disk.root and name.startswith("model.")
         return self.disk.root + name.removeprefix("model") if inside else name
 
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a weight stays in its own dtype where the others are cast: what is added for the choice of experts alone.
+
+        Differences that rounding such a bias would swallow decide where tokens go, so it is often kept finer than the rest.
+
+        Args:
+            name: Its name in memory or published.
+        """
+        if self.router_bias in ("", f"{self.router}.bias"):  # none, or one that the router's own answer holds
+            return False
+        return name.endswith((f".{self.router_bias}", f".{self.disk.router_bias}"))
+
     def published(self, within: str) -> str:
         """The published name, after its layer's path, of a weight that is no expert's, from its name in memory there."""
         if within == f"{self.router}.{self.router_weight}":

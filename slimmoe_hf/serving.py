@@ -21,6 +21,10 @@ from slimmoe_hf.own_form import GUARD, OwnForm
 _NAMES = {"phimoe": "PhiMoEForCausalLM"}
 # Of a checkpoint as it lay somewhere, or for code that does not come along.
 _DROPPED = ("_name_or_path", "auto_map", "quantization_config")
+# Layers that predict further tokens, beside the model's own: none are read, cut or written, whatever transformers' class.
+_AHEAD = {
+    "num_nextn_predict_layers": 0, "num_mtp_layers": 0, "mtp_num_hidden_layers": 0, "num_mtp_modules": 0, "use_mtp": False,
+}  # fmt: skip
 _EXPERT_KEYS = {"qwen3_moe": ("num_experts", "num_local_experts")}
 
 
@@ -36,6 +40,7 @@ def serving_config(values: dict[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key not in _DROPPED}
     model_type = values["model_type"]
     values["use_cache"] = True  # the Trainer turns it off, for its own sake
+    values |= {key: none for key, none in _AHEAD.items() if values.get(key)}
     if GUARD in values:  # no engine loads a form of our own
         return values
     for key in _EXPERT_KEYS.get(model_type, ()):

@@ -84,6 +84,6 @@ def load_shared(
     folder = Path(folder)
     config, entry = read_config(folder, SHARED, "shared", changes)
     model = skeleton(config, entry, stock, folder)
-    fill(model, entry, read_tensors(folder, dtype, config), folder)
+    fill(model, entry, read_tensors(folder, dtype, model), folder)
     model.__class__ = class_of(SharedModel, stock_of(type(model)))
     return model

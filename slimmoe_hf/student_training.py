@@ -19,6 +19,7 @@ from slimmoe_hf.seq2seq import Seq2SeqDistillationTrainer
 from slimmoe_hf.serving import add_biases, write_serving_config
 from slimmoe_hf.teacher import offloaded
 from slimmoe_hf.trainer import DistillationTrainer
+from slimmoe_hf.weight_dtypes import cast
 
 
 def distil(
@@ -128,12 +129,13 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Save what plain transformers and serving engines load, tokenizer included; shards of at most 1 GB.
 
     Args:
-        model: It is converted to `dtype`, and to the form of `slimmoe_hf.serving`, in place.
+        model: It is cast to `dtype` as `weight_dtypes.cast` says, and given the form of `slimmoe_hf.serving`, in place.
         tokenizer: Its tokenizer.
         folder: Where to.
         dtype: `float32`, `bfloat16` or `float16`.
     """
     add_biases(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="1GB")
+    cast(model, getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size="1GB")
     write_serving_config(folder)
     tokenizer.save_pretrained(folder)

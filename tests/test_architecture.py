@@ -15,7 +15,7 @@ LEAVES = {
     "shared_checkpoint",
     "lineage", "card", "upload", "cache_format", "cache", "cache_writer", "fused", "signals", "row_losses",
     "logit_losses", "student_forward", "terms", "yaml_files", "sharding", "blocks", "walk", "pace", "free_memory",
-    "schema", "generation_evaluation", "defaults", "engine_rules", "engines", "engine_report",
+    "schema", "weight_dtypes", "generation_evaluation", "defaults", "engine_rules", "engines", "engine_report",
 }  # fmt: skip
 SLIMMING = {
     "calibration", "taps", "sweeps", "criteria", "attention_cuts", "blends", "merging", "plan", "describe", "surgery", "cuts",

@@ -25,12 +25,14 @@ from conformance import (
     saved,
     targets,
     tensors_of,
+    with_trained_biases,
 )
 from runs import in_two_processes
 from tiny import EXPERT_WIDTH, VOCAB_SIZE, tiny_batch, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from slimmoe_hf.blocks import Blocks
 from slimmoe_hf.budget import Sizes
 from slimmoe_hf.calibration import collect_stats
 from slimmoe_hf.checkpoint import slim_checkpoint
@@ -38,6 +40,7 @@ from slimmoe_hf.disk import auto_class, published_shapes
 from slimmoe_hf.evaluation import count_parameters, measure_loss
 from slimmoe_hf.factorization import densify, factor_experts
 from slimmoe_hf.families import FAMILIES, layer_views, moe_layers, routing_groups, shape_of
+from slimmoe_hf.identity import combined, model_sha256
 from slimmoe_hf.limits import possible_experts, refuse_merging
 from slimmoe_hf.loading import load_model
 from slimmoe_hf.merged_forms import duplicate_merged, share_merged
@@ -128,6 +131,39 @@ def test_cut_in_memory_equals_cut_on_disk_and_both_reload_plainly(family: str, t
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert "LOAD REPORT" not in capfd.readouterr().err
     assert torch.equal(reloaded.eval()(**tiny_batch()).logits, slimmed(**tiny_batch()).logits)
+
+
+@pytest.mark.parametrize("family", rows(FAST[:1], lambda row: bool(row.router_bias)))
+@torch.no_grad()
+def test_a_cut_to_bfloat16_in_memory_equals_that_on_disk_and_rounds_no_choice_of_experts(family: str, tmp_path: Path):
+    model = with_trained_biases(model_and_stats(family)[0])
+    plan = plan_for(family, Target(num_experts=fewer_experts(model)))
+    source = saved(tmp_path / "source", model)
+    slim_checkpoint(source, plan, tmp_path / "on-disk", dtype="bfloat16")
+    slimmed = apply_plan(copy.deepcopy(model), plan)
+    exact = tensors_of(saved(tmp_path / "exact", slimmed))
+    save_checkpoint(slimmed, tiny_tokenizer(), tmp_path / "in-memory", "bfloat16")
+    require_same_checkpoint(tmp_path / "on-disk", tmp_path / "in-memory")
+    kept = {name: tensor for name, tensor in tensors_of(tmp_path / "in-memory").items() if tensor.dtype != torch.bfloat16}
+    assert all(tensor.dtype == torch.float32 and torch.equal(tensor, exact[name]) for name, tensor in kept.items())
+    assert len(kept) == (0 if family == "gpt_oss" else len(moe_layers(model)))
+
+
+@pytest.mark.parametrize("family", rows(FAST[:1], lambda row: not row.no_stream))
+def test_what_is_streamed_in_bfloat16_has_the_weights_that_a_load_in_bfloat16_has(family: str, tmp_path: Path):
+    """Also those that transformers keeps in float32; rounded, they would send tokens to other experts."""
+    path = saved(tmp_path / "model", with_trained_biases(model_and_stats(family)[0]))
+    whole, blocks = load_model(path, "bfloat16"), Blocks(path, "bfloat16", "cpu")
+    found = blocks.model.state_dict()
+    for part in blocks.visit(blocks.parts, fresh=blocks.parts, hashed=True):
+        inside = blocks._modules[part].state_dict()
+        found |= {f"{blocks._prefixes[part]}.{name}": tensor for name, tensor in inside.items()}
+    for name, tensor in whole.state_dict().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert combined({name: sha for each in blocks.digests.values() for name, sha in each.items()}) == model_sha256(whole)
+    held_out = tiny_batch(seed=2)["input_ids"]
+    swept, measured = stream_loss(path, held_out, work=tmp_path / "loss", dtype="bfloat16"), measure_loss(whole, held_out)
+    assert swept.router_load == measured.router_load
 
 
 @every_family
