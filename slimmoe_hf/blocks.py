@@ -27,7 +27,7 @@ from slimmoe_hf.families import FAMILIES, family_of, layer_views, refuse_encoder
 from slimmoe_hf.identity import combined, sample, sampled, tensor_sha256
 from slimmoe_hf.loading import load_config, weight_files
 from slimmoe_hf.shards import DTYPES, Buffer, all_finite, read_header
-from slimmoe_hf.weight_dtypes import kept_float32
+from slimmoe_hf.weight_dtypes import loaded_dtypes
 
 EMBEDDINGS, HEAD, REST = -1, -2, -3
 """Numbers of what is no decoder layer; the rest, the final norm, is always there."""
@@ -160,8 +160,7 @@ class Blocks:
         self._hollow = {part: dict(module.state_dict()) for part, module in self._modules.items()}
         tied = self.model.all_tied_weights_keys
         self._names = {name: tied.get(name, name) for name in self.model.state_dict()}
-        self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
-        self._dtypes |= dict.fromkeys(kept_float32(self.model, dtype), torch.float32)
+        self._dtypes = loaded_dtypes(self.model, dtype)
         for number in range(len(slots)):
             slots[number] = Pass(slots[number])
         for module in self.model.base_model.children():
@@ -176,9 +175,8 @@ class Blocks:
         self._require_begun_anywhere(read)
 
     def _require_begun_anywhere(self, rest: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(
-            {name: weight.to(self.device, self._dtypes[name]) for name, weight in rest.items()}, strict=False, assign=True
-        )
+        placed = {name: weight.to(self.device, self._dtypes[name]) for name, weight in rest.items()}
+        self.model.load_state_dict(placed, strict=False, assign=True)
         given = torch.ones(1, 2, self.hidden_size, dtype=self.dtype, device=self.device)
         if not begins_with(given, self.model, self._slots[0]):
             raise ValueError(
@@ -197,9 +195,7 @@ class Blocks:
         wanted, started = self._wanted(part), time.perf_counter()
         found = self._reader.read({self._names[name]: shape for name, shape in wanted.items()}, finite)
         if hashed:
-            self.digests[part] = {
-                name: tensor_sha256(found[self._names[name]], self._dtypes[name]) for name in wanted
-            }
+            self.digests[part] = {name: tensor_sha256(found[self._names[name]], self._dtypes[name]) for name in wanted}
         if part >= 0:
             self.seconds_reading = (time.perf_counter() - started) / self.bytes(part)
         inner = len(self._prefixes[part]) + 1

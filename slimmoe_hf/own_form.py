@@ -29,7 +29,7 @@ from slimmoe_hf.atomic import replacing, write_text
 from slimmoe_hf.families import config_from
 from slimmoe_hf.shards import SINGLE
 from slimmoe_hf.shared_experts import GROUPS, is_shared, keep_space
-from slimmoe_hf.weight_dtypes import kept_float32
+from slimmoe_hf.weight_dtypes import as_made, loaded_dtypes
 
 GUARD = "transformers_weights"
 """The key of a `config.json` that has stock classes stop."""
@@ -276,7 +276,7 @@ def read_tensors(folder: Path, dtype: str | torch.dtype | None, model: PreTraine
 
     Args:
         folder: The checkpoint's.
-        dtype: Of all but those that `from_pretrained` keeps in float32; None leaves each as it was saved.
+        dtype: Of all but those that `from_pretrained` would have in another; None leaves each as it was saved.
         model: From `skeleton`.
     """
     file, wanted = folder / SINGLE, getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -285,9 +285,9 @@ def read_tensors(folder: Path, dtype: str | torch.dtype | None, model: PreTraine
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: cannot be read ({error}). Fetch or make it again.") from error
     _check_groups(stored, model.config, str(file))
-    fine = kept_float32(model, wanted)
+    dtypes = {} if wanted is None else loaded_dtypes(as_made(model, wanted), wanted)
     return {
-        name: tensor.to((torch.float32 if name in fine else wanted) if tensor.is_floating_point() else None, copy=True)
+        name: tensor.to(dtypes.get(name, wanted) if tensor.is_floating_point() else None, copy=True)
         for name, tensor in without_marks(stored).items()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import torch
@@ -10,15 +11,30 @@ from transformers import PreTrainedModel
 from slimmoe_hf.families import FAMILIES
 
 
-def kept_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> frozenset[str]:
-    """Names, inside a model, of the weights that `from_pretrained` loads in float32 though `dtype` is asked for.
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each weight of a model, by its name inside, when `from_pretrained` loads it in `dtype`.
 
-    The model's class says which: `_keep_in_fp32_modules_strict` for both half precisions, `_keep_in_fp32_modules` for
-    float16 alone, as patterns that are looked for anywhere in a name (transformers' `core_model_loading`).
+    Some are made in a dtype of their own, whatever is asked for. For others the class says so, by patterns that are looked for
+    anywhere in a name: `_keep_in_fp32_modules_strict` for both half precisions, `_keep_in_fp32_modules` for float16 alone
+    (transformers' `core_model_loading`).
+
+    Args:
+        model: Made in `dtype`; it may be on the meta device.
+        dtype: A floating one.
     """
-    plan = {} if dtype is None else model._get_dtype_plan(dtype)
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
-    return frozenset(name for name in model.state_dict() if any(pattern.search(name) for pattern in patterns))
+    plan = model._get_dtype_plan(dtype)
+    patterns = [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
+    return {
+        name: next((kept for pattern, kept in patterns if pattern.search(name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def as_made(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the same class and config, made in `dtype`, on the meta device."""
+    with torch.device("meta"):
+        made: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    return made
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -29,7 +45,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
         dtype: A floating one.
     """
     family = FAMILIES.get(model.config.model_type)
-    own = {name: tensor.data for name, tensor in _held(model).items() if family is not None and family.keeps_dtype(name)}
+    own = {} if family is None else {n: tensor.data for n, tensor in _held(model).items() if family.keeps_dtype(n)}
     model.to(dtype)  # type: ignore[arg-type]
     held = _held(model)
     for name, tensor in own.items():

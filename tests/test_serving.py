@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_surgery import random_plan
 from tiny import decoder_only, families, save_tiny, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import create_model_from_path
 
 from slimmoe_hf.checkpoint import slim_checkpoint
+from slimmoe_hf.engine_form import write_engine_form
 from slimmoe_hf.plan import Target
 from slimmoe_hf.serving import serving_config
 from slimmoe_hf.student_training import save_checkpoint
@@ -87,6 +88,27 @@ def test_saving_changes_no_output_of_any_family(family: str, tmp_path: Path):
     assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
     by_name = create_model_from_path(str(tmp_path))  # as TRL's trainers load a model that they are given by name
     assert torch.equal(by_name.eval()(**tiny_batch()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.eh_proj.weight", "mtp.fc.weight"])
+def test_layers_that_predict_further_tokens_are_neither_written_nor_promised(name: str, tmp_path: Path):
+    """Of published checkpoints, which have them beside the model's own; transformers loads no weight of theirs."""
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    weights, config = tmp_path / "source/model.safetensors", tmp_path / "source/config.json"
+    save_file({**load_file(weights), name: torch.ones(2, 2)}, weights, metadata={"format": "pt"})
+    ahead = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1, "num_mtp_modules": 3, "use_mtp": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **ahead}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    slim_checkpoint(tmp_path / "source", random_plan(loaded, Target(num_experts=6)), tmp_path / "on-disk")
+    save_checkpoint(loaded, tiny_tokenizer(), tmp_path / "in-memory", "float32")
+    write_engine_form(tmp_path / "source", tmp_path / "for-engines")
+    for folder in ("on-disk", "in-memory", "for-engines"):
+        said = json.loads((tmp_path / folder / "config.json").read_text())
+        assert not any(said[key] for key in ahead), (folder, said)
+        assert name not in load_file(tmp_path / folder / "model.safetensors"), folder
+        assert AutoConfig.from_pretrained(tmp_path / folder).num_mtp_layers == 0
 
 
 @pytest.mark.parametrize("family", families())
