@@ -28,7 +28,7 @@ from slimmoe_hf.defaults import CRITERION
 from slimmoe_hf.families import Shape, config_from, expert_size, family_of, routing_groups, shape_of
 from slimmoe_hf.layer_summary import LayerSummary
 from slimmoe_hf.limits import check_groups, check_shared
-from slimmoe_hf.repairs import Repairing, Repairs
+from slimmoe_hf.repairs import REPAIR_KINDS, Repairing, Repairs
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.super_experts import super_experts, super_experts_of
 
@@ -283,7 +283,8 @@ class CompressionPlan:
             tensors = load_file(folder / "plan.safetensors")
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise ValueError(f"{folder}/plan.json: not a plan of this version ({where}). Make it again.") from error
+            what = "a plan of an earlier version" if where == "repairing.sha256" else "not a plan of this version"
+            raise ValueError(f"{folder}/plan.json: {what} ({where}). Make it again.") from error
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{folder}/plan.safetensors: missing or damaged ({error}). Make the plan again."
@@ -291,7 +292,9 @@ class CompressionPlan:
         found: dict[str, dict[int, Tensor]] = {kind: {} for kind in ("neurons", "groups", "experts", *KINDS)}
         for name, tensor in tensors.items():
             kind, _, layer = name.partition(".")
-            if kind not in found or not layer.isdigit():
+            if kind in REPAIR_KINDS:
+                raise ValueError(f"{folder}: a plan of an earlier version ({name} in plan.safetensors). Make it again.")
+            if kind not in found or not layer.isdecimal():
                 raise ValueError(f"{folder}/plan.safetensors: unknown tensor {name}.")
             found[kind][int(layer)] = tensor if kind == "weight" else tensor.long()
         parts = [found.pop(kind) for kind in KINDS]

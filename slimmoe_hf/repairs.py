@@ -73,7 +73,7 @@ class Filed(Mapping[int, Tensor]):
         self._places = places
 
     def __getitem__(self, layer: int) -> Tensor:
-        return read_tensor(*self._places[layer])
+        return self._read(layer)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._places)
@@ -91,9 +91,17 @@ class Filed(Mapping[int, Tensor]):
 
     def part(self, layer: int, number: int) -> Tensor:
         """As `Held.part`; only that is read."""
+        shape = self._places[layer][1].shape[1:]
+        return self._read(layer, number * torch.Size(shape).numel(), shape)
+
+    def _read(self, layer: int, first: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
         folder, stored = self._places[layer]
-        shape = stored.shape[1:]
-        return read_tensor(folder, stored, number * torch.Size(shape).numel(), shape)
+        try:
+            return read_tensor(folder, stored, first, shape)
+        except OSError as error:
+            raise ValueError(
+                f"{folder / stored.file}: moved or deleted since its plan was read ({error.strerror}). Load the plan again."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,16 @@ class Repairs:
             where: What to call that in errors.
 
         Raises:
-            ValueError: A name that no repair has.
+            ValueError: A name that no repair has, or a dtype that torch has not.
         """
         kinds: dict[str, dict[int, tuple[Path, Stored]]] = {kind: {} for kind in REPAIR_KINDS}
-        for name, place in places.items():
+        for name, (folder, stored) in places.items():
             kind, _, layer = name.partition(".")
-            if kind not in kinds or not layer.isdigit():
+            if kind not in kinds or not layer.isdecimal():
                 raise ValueError(f"{where}: unknown tensor {name}.")
-            kinds[kind][int(layer)] = place
+            if stored.dtype not in DTYPES:
+                raise ValueError(f"{where}: {name} has the dtype {stored.dtype}, which is not read here.")
+            kinds[kind][int(layer)] = folder.resolve(), stored  # wherever this process goes before it reads them
         return cls(Filed(kinds["down_proj"]), Filed(kinds["o_proj"]), where)
 
     @classmethod
@@ -224,5 +234,7 @@ class Repairs:
         if stray := sorted(wanted.keys() ^ found.keys()):
             raise ValueError(f"plan repairs: {stray[0]} is {'not' if stray[0] in wanted else 'no part'} of the repair.")
         for name, (dtype, shape) in found.items():
-            if shape != wanted[name] or not dtype.is_floating_point:
+            if shape != wanted[name]:
                 raise ValueError(f"plan {name}: expected weights {wanted[name]}, found {shape}.")
+            if not dtype.is_floating_point:
+                raise ValueError(f"plan {name}: expected weights that are floats, found {str(dtype).split('.')[1]}.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import LAYOUTS, same_tensors, saved
 from test_merged_forms import model_of
 from test_merging import PAIRS, copies, scored
@@ -28,7 +29,7 @@ from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.merged_forms import duplicate_merged, share_merged, unshare
 from slimmoe_hf.merging import plan_merge
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
-from slimmoe_hf.reconstruction import reconstruct
+from slimmoe_hf.reconstruction import reconstruct, without_repairs
 from slimmoe_hf.repairs import FILE
 from slimmoe_hf.streamed_repair import stream_reconstruct
 from slimmoe_hf.student_training import save_checkpoint
@@ -386,6 +387,75 @@ def test_a_plan_says_that_it_is_repaired_and_refuses_weights_that_do_not_fit(tmp
         save_file(tensors, tmp_path / "plan" / FILE)
         with pytest.raises(ValueError, match=what):
             CompressionPlan.load(tmp_path / "plan")
+
+
+@pytest.fixture(scope="module")
+def repaired():
+    model = tiny_model("phimoe")
+    return solved(model, random_plan(model, Target(expert_width=16)))
+
+
+@pytest.mark.parametrize("told", ["tensors", "hash"])
+def test_a_plan_whose_repairs_lie_with_its_indices_is_said_to_be_older(told, repaired, tmp_path: Path):
+    repaired.save(tmp_path / "plan")
+    indices = load_file(tmp_path / "plan" / "plan.safetensors")
+    save_file(indices | weights(repaired), tmp_path / "plan" / "plan.safetensors")
+    (tmp_path / "plan" / FILE).unlink()
+    if told == "hash":
+        values = json.loads((tmp_path / "plan" / "plan.json").read_text())
+        del values["repairing"]["sha256"]
+        (tmp_path / "plan" / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"plan.*: a plan of an earlier version .*Make it again") as caught:
+        CompressionPlan.load(tmp_path / "plan")
+    assert "\n" not in str(caught.value)
+
+
+def _of_unknown_dtype(tensors, file: Path) -> None:
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F4_"'))
+
+
+@pytest.mark.parametrize(
+    ("write", "what"),
+    [
+        (_of_unknown_dtype, r"repairs\.safetensors: down_proj\.[01] has the dtype F4_"),
+        (
+            lambda tensors, file: save_file({**tensors, "down_proj.\u00b2": torch.zeros(2)}, file),
+            r"unknown tensor down_proj\.",
+        ),
+        (
+            lambda tensors, file: save_file({name: tensor.int() for name, tensor in tensors.items()}, file),
+            "expected weights that are floats, found int32",
+        ),
+    ],
+    ids=["unknown dtype", "no number", "integers"],
+)
+def test_repairs_of_another_kind_are_refused_by_what_they_are(write, what, repaired, tmp_path: Path):
+    repaired.save(tmp_path / "plan")
+    write(weights(repaired), tmp_path / "plan" / FILE)
+    with pytest.raises(ValueError, match=what):
+        CompressionPlan.load(tmp_path / "plan")
+
+
+def test_a_plan_that_was_read_goes_where_the_process_goes_and_says_when_its_folder_went(
+    repaired, tmp_path, monkeypatch
+):
+    repaired.save(tmp_path / "plan")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    read = CompressionPlan.load("plan")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    read.repairs.check_same(read.meta.repairing)
+    read.save(tmp_path / "plan")
+    for plan in (read, CompressionPlan.load(tmp_path / "plan")):
+        plan.repairs.check_same(plan.meta.repairing)
+    assert plan.sha256 == repaired.sha256
+    without_repairs(read).save(tmp_path / "plan")
+    assert not CompressionPlan.load(tmp_path / "plan").repairs and not (tmp_path / "plan" / FILE).exists()
+    for use in (lambda: read.save(tmp_path / "again"), lambda: apply_plan(tiny_model("phimoe"), read)):
+        with pytest.raises(ValueError, match=r"repairs\.safetensors: moved or deleted since its plan was read"):
+            use()
+    assert not (tmp_path / "again").exists()
 
 
 def _cut_short(file: Path) -> None:
