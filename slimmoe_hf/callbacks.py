@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from slimmoe_hf.families import shape_of
 from slimmoe_hf.identity import model_sha256
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.reconstruction import reconstruct
-from slimmoe_hf.repairs import Repairs
 from slimmoe_hf.resumption import load_weights, mark_complete, require_complete
 from slimmoe_hf.surgery import apply_plan, check_fits
 
@@ -138,8 +136,9 @@ class SlimmingCallback(TrainerCallback):
             apply_plan(model, self.plan)
         if rank_zero and not found:
             self.plan.save(folder)
-        self.plan = dataclasses.replace(self.plan, repairs=Repairs())  # as large as the weights, and written into them
         _barrier()
+        if (folder / "plan.json").is_file():  # not on a machine that does not share the folder
+            self.plan = CompressionPlan.load(folder)  # whose repairs, as large as the weights, stay in their file
 
     def _compare_given(self, stored: CompressionPlan | None, folder: Path) -> None:
         if stored is not None and self.given is not None and stored.sha256 != self.given.sha256:

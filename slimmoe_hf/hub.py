@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +24,6 @@ from slimmoe_hf.lineage import CARD, Base, find_base, licence_files, public_name
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import Recipe, parse_recipe
 from slimmoe_hf.reconstruction import without_repairs
-from slimmoe_hf.repairs import Repairs
 from slimmoe_hf.report import Report
 from slimmoe_hf.run_card import RunFacts, run_card
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
@@ -100,7 +98,7 @@ def write_extras(
     for number in range(1, len(recipe.stages) + 1):
         plan = public_plan(CompressionPlan.load(run / f"stage-{number}" / "plan"))
         without_repairs(plan).save(folder / "plans" / f"stage-{number}")
-        plans.append(dataclasses.replace(plan, repairs=Repairs()))  # they are as large as the weights
+        plans.append(plan)
     pictures = _draw(run, folder)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
