@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimmoe_hf.blocks import Pass, begins_with
+from slimmoe_hf.blocks import Pass
 from slimmoe_hf.calibration import seen_in, share_seen
 from slimmoe_hf.factored import refuse_own_form
 from slimmoe_hf.families import LayerView, family_of, layer_views
@@ -90,7 +90,7 @@ def reconstruct(
     seen.require_tokens()
     found, dtypes = {}, {} if dtype is None else dict.fromkeys(REPAIR_KINDS, dtype)
     with _in_eval(model):
-        text = (_Anew if whole or not _through(model) else _Through)(model, given, sweep)
+        text = (_Anew if whole else _Through)(model, given, sweep)
         for view in track(layer_views(model), "Reconstructing", disable=not progress):
             layer = LayerRepair(model, view, plan, sweep)
             with layer.listening() as wanted:
@@ -177,21 +177,17 @@ def _in_eval(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _through(model: PreTrainedModel) -> bool:
-    """Whether text can be kept between two layers: not where embeddings change before the first one."""
-    embeddings: Any = model.get_input_embeddings()
-    given = torch.ones(1, 2, embeddings.weight.shape[-1], dtype=model.dtype, device=model.device)
-    with _passing(model, None) as slots:
-        return begins_with(given, model, slots[0])
-
-
 class _Through:
     """Text on its way through a decoder-only model, all of it through one layer before the next."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], sweep: Sweep) -> None:
         self.model, self.batches, self.sweep = model, batches, sweep
-        embeddings = model.get_input_embeddings()
-        self.hidden = [embeddings(batch["input_ids"].to(model.device)).cpu() for batch in batches]
+        self.hidden = list[Tensor]()
+        with _passing(model, None) as slots:  # what the first layer is given: some models scale their embeddings
+            slots[0].register_forward_pre_hook(lambda _module, args: self.hidden.append(args[0].cpu()))
+            for batch in batches:
+                given = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+                model.base_model(**given, use_cache=False)
 
     def pass_by(self, view: LayerView, _wanted: bool) -> None:
         """Have a layer hear all text."""
@@ -238,12 +234,12 @@ def _alone(model: PreTrainedModel, number: int) -> Iterator[Any]:
 
     def block(hidden_BTD: Tensor, batch: Batch) -> Tensor:
         given = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
+        seen.append(hidden_BTD)
         model.base_model(inputs_embeds=hidden_BTD, use_cache=False, **given)
         return seen.pop()
 
-    with _passing(model, number) as slots:
-        hook = slots[number].register_forward_hook(lambda _module, _args, output: seen.append(output))
-        try:
-            yield block
-        finally:
-            hook.remove()
+    with _passing(model, number) as slots, ExitStack() as stack:
+        # Not what the model made of its embeddings on their way here, but what the layer before gave.
+        stack.callback(slots[number].register_forward_pre_hook(lambda _module, args: (seen.pop(), *args[1:])).remove)
+        stack.callback(slots[number].register_forward_hook(lambda _module, _args, output: seen.append(output)).remove)
+        yield block

@@ -23,6 +23,7 @@ from torch import Tensor
 from slimmoe_hf import cli, commands, streamed_repair
 from slimmoe_hf.blocks import EMBEDDINGS, Blocks
 from slimmoe_hf.calibration import collect_stats
+from slimmoe_hf.callbacks import SlimmingCallback
 from slimmoe_hf.checkpoint import slim_checkpoint
 from slimmoe_hf.data import batches, load_documents
 from slimmoe_hf.defaults import RECONSTRUCT
@@ -83,6 +84,28 @@ def test_a_layer_run_alone_hears_what_it_hears_in_the_whole_model(variant, tmp_p
     assert streamed.sha256 == reconstruct(model, given, plan, progress=False).sha256
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "afmoe"])
+@torch.no_grad()
+def test_text_passes_each_layer_once_though_the_model_scales_its_embeddings(family):
+    model, heard, passed, heads = tiny_model(family), [], [], []
+    plan, views = random_plan(model, Target(expert_width=16)), layer_views(model)
+    for view in views:
+        model.get_submodule(view.paths.layer).register_forward_hook(lambda *_: passed.append(1))
+        if view.experts is not None:
+            view.experts.register_forward_pre_hook(lambda module, args: heard.append((id(module), args[0])))
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    for batch in text():
+        model(**batch, use_cache=False)
+    whole = sorted(heard, key=lambda each: each[0])
+    for told in (heard, passed, heads):
+        told.clear()
+    reconstruct(model, text(), plan, progress=False)
+    alone = sorted(heard, key=lambda each: each[0])
+    assert len(passed) == len(views) * len(text()) and not heads, "nobody asked for logits"
+    assert len(whole) == len(alone) > 0
+    assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in zip(whole, alone, strict=True))
+
+
 # Two layers write: embeddings, 0, 1. Next to each, what a second start has to read.
 READS = [[EMBEDDINGS, 0, 1], [0, 1], [1]]
 
@@ -133,6 +156,9 @@ def test_the_callback_repairs_by_default_as_the_function_does_and_its_plan_is_re
     repaired = reconstruct(expected, given, plan, progress=False)
     trainer = plain_trainer(tmp_path)
     assert CompressionPlan.load(tmp_path / "plan").sha256 == repaired.sha256 != plan.sha256
+    (told,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, SlimmingCallback))
+    assert told.plan.sha256 == repaired.sha256
+    assert model_sha256(apply_plan(tiny_model("phimoe"), told.plan)) == model_sha256(trainer.model)
     cut = model_sha256(trainer.model)
     assert cut == model_sha256(apply_plan(expected, repaired))
     trainer.train()
