@@ -97,7 +97,7 @@ def slim_checkpoint(
     if other_weights and plan.repairs:
         raise ValueError(
             f"{opened.name}: the plan carries output projections that were solved anew for the model it was made for, and they "
-            "fit no sibling (--other-weights). Make a plan for this one, or one without --reconstruct."
+            "fit no sibling (--other-weights). Make a plan for this one, or leave them out (--no-reconstruct, without_repairs)."
         )
     plan.repairs.check_same(plan.meta.repairing)
     stored = opened.stored()

@@ -66,6 +66,7 @@ from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan, validate_target
 from slimmoe_hf.preflight import check_teacher, training_arguments
 from slimmoe_hf.recipe import load_any_recipe, reconstructing
+from slimmoe_hf.reconstruction import without_repairs
 from slimmoe_hf.report import samples, table
 from slimmoe_hf.scoring import planned, remove_work, scored
 from slimmoe_hf.stats import ExpertStats
@@ -181,8 +182,14 @@ def slim(args: argparse.Namespace) -> None:
         if args.reconstruct:
             raise ValueError("--reconstruct goes with --data and a size: a plan is a decision made already.")
         chosen = CompressionPlan.load(args.plan)
+        if args.reconstruct is False:
+            chosen = without_repairs(chosen)
     elif args.data is None:
         raise ValueError("slim needs --plan, or --data and a size, such as --expert-width (see slimmoe slim --help)")
+    elif args.other_weights:
+        raise ValueError(
+            "--other-weights goes with --plan: of --data the plan is made for this very model. Leave it out."
+        )
     else:
         validate_target(load_config(find_checkpoint(args.model, args.revision, weights=False)), target)
         check_criteria(args.criterion, args.expert_criterion, **target.asks)
