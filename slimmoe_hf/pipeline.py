@@ -56,7 +56,7 @@ from slimmoe_hf.rundir import CACHE, REPORT, Result, RunFolder, claim
 from slimmoe_hf.search_check import save_searched
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
-from slimmoe_hf.sizing import own_dtype
+from slimmoe_hf.sizing import DTYPES, wider_dtype
 from slimmoe_hf.stage_search import check_rows, found_by_measuring, found_by_prediction
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.steps import check_room, shown_steps
@@ -229,7 +229,7 @@ class _Pipeline:
         else:
             given, where = self._calibration(calibration)
             rows_NT = check_rows(self.inputs.validation, self.recipe.data.max_length)
-            found, plan = found_by_measuring(stage, stats, seed, source, given, rows_NT, where)
+            found, plan = found_by_measuring(stage, stats, seed, source, given, rows_NT, where, self._written(source))
         save_searched(found, plan, folder / "plan", overwrite=True)
         shape = found.name(found.best)
         get_console().log(f"{folder.name}: {stage.target}: {shape} of {len(found.candidates)} shapes", markup=False)
@@ -243,10 +243,15 @@ class _Pipeline:
         given, where = self._calibration(calibration)
         if calibration.stream:
             return stream_reconstruct(
-                source, given, plan, work=work, dtype=calibration.dtype, device=where, overwrite=True
-            )
+                source, given, plan, work=work, dtype=calibration.dtype, device=where,
+                written=DTYPES[self.inputs.dtype], overwrite=True,
+            )  # fmt: skip
         model = load_model(source, calibration.dtype, where, whole=True)
-        return reconstruct(model, given, plan, dtype=own_dtype(load_config(source)))
+        return reconstruct(model, given, plan, dtype=self._written(source))
+
+    def _written(self, source: Path) -> torch.dtype:
+        """What is solved for a model is kept in: the cut rounds it to what the run saves."""
+        return wider_dtype(load_config(source), self.inputs.dtype)
 
     def _calibration(self, calibration: Calibration) -> tuple[list[dict[str, Tensor]], torch.device]:
         """Batches of text set aside for it, and what they are run on."""

@@ -20,7 +20,7 @@ from slimmoe_hf.loading import find_checkpoint, load_config, load_model
 from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.preflight import check_teacher, device
 from slimmoe_hf.reconstruction import reconstruct
-from slimmoe_hf.sizing import own_dtype
+from slimmoe_hf.sizing import DTYPES, wider_dtype
 from slimmoe_hf.sources import HubSource, LocalSource, fetch_weights, open_source
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.streamed_repair import stream_reconstruct
@@ -76,14 +76,15 @@ def planned(args: argparse.Namespace, output: Path, target: Target) -> Compressi
     if not args.stream:
         model, stats, given = scored_model(args, loss)
         config = load_config(find_checkpoint(args.model, args.revision, weights=False))
-        return reconstruct(model, given, decided(stats), dtype=own_dtype(config))
+        return reconstruct(model, given, decided(stats), dtype=wider_dtype(config, args.dtype))
     path, stats, given = scored_stream(args, output, loss)
-    return rebuilt(args, output, path, given, decided(stats))
+    return rebuilt(args, output, path, given, decided(stats), None if args.dtype is None else DTYPES[args.dtype])
 
 
 def rebuilt(
-    args: argparse.Namespace, output: Path, path: Path, given: Iterable[dict[str, Tensor]], plan: CompressionPlan
-) -> CompressionPlan:
+    args: argparse.Namespace, output: Path, path: Path, given: Iterable[dict[str, Tensor]], plan: CompressionPlan,
+    written: torch.dtype | None = None,
+) -> CompressionPlan:  # fmt: skip
     """A plan of a model that is streamed, reconstructed on the text that was scored.
 
     Args:
@@ -91,13 +92,14 @@ def rebuilt(
         output: As in `scored`.
         path, given: From `scored_stream`.
         plan: Of the model.
+        written: As `stream_reconstruct` takes it.
 
     Raises:
         ValueError: As `stream_reconstruct`.
     """
     return stream_reconstruct(
         path, given, plan, work=_repairs(output), dtype=args.calibration_dtype, device=_place(args),
-        overwrite=args.overwrite,
+        written=written, overwrite=args.overwrite,
     )  # fmt: skip
 
 

@@ -143,6 +143,17 @@ def own_dtype(config: PreTrainedConfig) -> torch.dtype:
     return DTYPES.get(str(dtype).removeprefix("torch."), torch.float32)
 
 
+def wider_dtype(config: PreTrainedConfig, other: str | None) -> torch.dtype:
+    """What loses nothing of what a checkpoint of this config is stored in, nor of what is asked for.
+
+    Args:
+        config: The checkpoint's.
+        other: What its weights are to be written in; None is its own.
+    """
+    own = own_dtype(config)
+    return own if other is None else torch.promote_types(own, DTYPES[other])
+
+
 def slimmed_config(config: PreTrainedConfig, target: Target) -> PreTrainedConfig:
     """A copy of a config after a cut.
 

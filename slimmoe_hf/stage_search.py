@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.budget import Limits, Sizes, StageTarget
-from slimmoe_hf.loading import load_config, load_model
+from slimmoe_hf.loading import load_model
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import Stage
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import check_search
-from slimmoe_hf.sizing import own_dtype, slimmed_config
+from slimmoe_hf.sizing import slimmed_config
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.sweeps import Batch
 
@@ -70,7 +70,7 @@ def found_by_prediction(stage: Stage, stats: ExpertStats, seed: int) -> Search:
 
 def found_by_measuring(
     stage: Stage, stats: ExpertStats, seed: int, source: Path, given: Sequence[Batch], validation_NT: Tensor,
-    device: torch.device,
+    device: torch.device, dtype: torch.dtype,
 ) -> tuple[Search, CompressionPlan]:  # fmt: skip
     """The same, the best of them measured on validation text with the model in memory; and the best one's plan.
 
@@ -82,6 +82,7 @@ def found_by_measuring(
         given: The calibration text.
         validation_NT: From `check_rows`.
         device: What is computed on.
+        dtype: Of what is solved.
 
     Raises:
         ValueError: As `search_plan`.
@@ -90,7 +91,7 @@ def found_by_measuring(
     model = load_model(source, calibration.dtype, device, whole=True)
     checked = check_search(
         model, stats, found, validation_NT, given, rebuild=calibration.reconstruct, batch_size=calibration.batch_size,
-        dtype=own_dtype(load_config(source)),
+        dtype=dtype,
     )  # fmt: skip
     return checked.search, checked.plan
 

@@ -34,13 +34,15 @@ def stream_reconstruct(
     work: Path,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    written: torch.dtype | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> CompressionPlan:
     """The plan that `reconstruct` gives, of a checkpoint of which one layer at a time is in memory, and of the repairs too.
 
-    The repaired weights are in the checkpoint's own dtype, and lie in `work`, from where `CompressionPlan.save` and
-    `slim_checkpoint` read them one at a time. Killed, the same call continues with the layer that it was at.
+    The repaired weights are in the checkpoint's own dtype, or in `written` if that is wider, and lie in `work`, from where
+    `CompressionPlan.save` and `slim_checkpoint` read them one at a time. Killed, the same call continues with the layer that
+    it was at.
 
     Args:
         path: Folder of the checkpoint.
@@ -51,6 +53,7 @@ def stream_reconstruct(
             the plan is saved, or has been cut to.
         dtype: What is computed in; sums and solutions are float64.
         device: What is computed on.
+        written: What the cut is to write; None is the checkpoint's own.
         overwrite: Begin anew where `work` holds the work of another request.
         progress: Show a progress bar.
 
@@ -72,10 +75,13 @@ def stream_reconstruct(
     request = {
         "plan": plan.sha256, "ridge": ridge, "model": model_state(path), "text": seen.sha256, "dtype": str(blocks.dtype),
         "batches": [list(batch["input_ids"].shape) for batch in given], "device": blocks.device.type,
+        "written": str(written),
     }  # fmt: skip
     with WalkFolder(work, request, overwrite) as folder:
         walk = Walk(blocks, given, folder.path / "layers")
         dtypes = _stored_dtypes(blocks)
+        if written is not None:
+            dtypes = {kind: torch.promote_types(stored, written) for kind, stored in dtypes.items()}
         walk.require_room(2, "fewer --tokens", repair_values(plan) * max(dtype.itemsize for dtype in dtypes.values()))
         done = len(walk.have("repairs"))
         order = [*([] if done in walk.have("inputs") else [EMBEDDINGS]), *range(done, walk.layers)]

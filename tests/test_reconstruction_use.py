@@ -135,7 +135,7 @@ def test_what_a_run_began_to_reconstruct_for_another_request_begins_anew(tmp_pat
     """Stopped after the first layer; then its model is another file of the same weights, as when it is fetched again."""
     path, rows, asked = save_tiny(tmp_path / "model"), tokens(0, 4), Calibration(stream=True, batch_size=2)
     plan = whole_plan(load_model(path))
-    inputs: Any = SimpleNamespace(calibration=rows, tokenizer=tiny_tokenizer())
+    inputs: Any = SimpleNamespace(calibration=rows, tokenizer=tiny_tokenizer(), dtype="float32")
     run: Any = SimpleNamespace(step=None, path=tmp_path, seconds=None)
     line: Any = _Pipeline(parse_recipe(tiny_recipe(tmp_path), "r"), inputs, run, None)
     expected = stream_reconstruct(path, batches(rows, 2, 1), plan, work=tmp_path / "whole", progress=False)
@@ -251,6 +251,42 @@ def test_slim_and_merge_reconstruct_on_the_command_line(tmp_path: Path, capsys: 
     assert "reconstructed: output projections solved anew on 1,024 tokens" in capsys.readouterr().out
     message = one_error(capsys, "slim", model, "--plan", str(tmp_path / "plan"), "--reconstruct", "--output", "o")
     assert "--reconstruct goes with --data and a size" in message
+    message = one_error(capsys, "slim", model, *data, "--expert-width", "16", "--other-weights", "--output", "o")
+    assert "--other-weights goes with --plan" in message
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
+def test_slim_leaves_a_plans_repairs_out_and_then_cuts_siblings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, sibling = save_tiny(tmp_path / "model"), save_tiny(tmp_path / "sibling", seed=1)
+    plan = random_plan(load_model(path), Target(expert_width=16))
+    reconstruct(load_model(path), text(), plan, progress=False).save(tmp_path / "plan")
+    given = ["--plan", str(tmp_path / "plan")]
+    for model, name, more in ((path, "own", []), (sibling, "other", ["--other-weights"])):
+        assert cli.main(["slim", str(model), *given, "--no-reconstruct", *more, "--output", str(tmp_path / name)]) == 0
+        slim_checkpoint(model, plan, tmp_path / "plain", other_weights=bool(more), overwrite=True)
+        assert weights_sha256(tmp_path / name) == weights_sha256(tmp_path / "plain")
+    message = one_error(capsys, "slim", str(sibling), *given, "--other-weights", "--output", str(tmp_path / "no"))
+    assert "--no-reconstruct" in message
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "streamed"])
+def test_a_run_rounds_what_it_solves_to_no_less_than_it_saves(stream: bool, tmp_path: Path):
+    """A checkpoint in bfloat16, a recipe in float32: the repairs are float32, as those of the same weights in float32."""
+    model, rows = tiny_model("phimoe").to(torch.bfloat16), tokens(0, 4)
+    for name, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):
+        model.to(dtype).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    found, asked = [], Calibration(stream=stream, batch_size=2)
+    plan = random_plan(load_model(tmp_path / "wide"), Target(expert_width=16))
+    for name, dtype in (("narrow", "float32"), ("narrow", "bfloat16"), ("wide", "bfloat16")):
+        inputs: Any = SimpleNamespace(calibration=rows, tokenizer=tiny_tokenizer(), dtype=dtype)
+        run: Any = SimpleNamespace(step=None, path=tmp_path, seconds=None)
+        line: Any = _Pipeline(parse_recipe(tiny_recipe(tmp_path), "r"), inputs, run, None)
+        solved = line._reconstruct(tmp_path / name, plan, asked, tmp_path / "work")
+        found.append({name: weight.clone() for name, weight in weights(solved).items()})
+    assert all(weight.dtype == torch.float32 for weight in (*found[0].values(), *found[2].values()))
+    assert all(torch.equal(weight, found[2][name]) for name, weight in found[0].items())
+    assert all(torch.equal(weight.bfloat16(), found[1][name]) for name, weight in found[0].items())
 
 
 def test_repaired_weights_are_written_over_no_other_model(tmp_path: Path):
