@@ -24,7 +24,7 @@ from slimmoe_hf.preflight import check_teacher, device, dtype_name
 from slimmoe_hf.recipe import Recipe, parse_recipe
 from slimmoe_hf.report import ModelReport, Report, aligned, readme, speed, task_rows
 from slimmoe_hf.rundir import LOCK, RECIPE, REPORT, STEPS
-from slimmoe_hf.yaml_files import read_yaml
+from slimmoe_hf.stored_recipe import read_stored
 
 MODEL = "model"
 
@@ -117,7 +117,7 @@ def _teacher_of(run: Path, teacher: ModelReport) -> Path | None:
 
 
 def _recipe(run: Path) -> Recipe:
-    return parse_recipe(read_yaml(run / RECIPE), str(run / RECIPE))
+    return parse_recipe(read_stored(run / RECIPE), str(run / RECIPE))
 
 
 def _finished_run(folder: Path) -> Path | None:

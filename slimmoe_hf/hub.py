@@ -27,8 +27,8 @@ from slimmoe_hf.reconstruction import without_repairs
 from slimmoe_hf.report import Report
 from slimmoe_hf.run_card import RunFacts, run_card
 from slimmoe_hf.rundir import RECIPE, REPORT, STEPS
+from slimmoe_hf.stored_recipe import read_stored
 from slimmoe_hf.upload import publishable
-from slimmoe_hf.yaml_files import read_yaml
 
 MODEL = "model"
 _RESULTS, _IMAGES = ".eval_results", "images"
@@ -87,7 +87,7 @@ def write_extras(
     quiet: bool = False,
 ) -> None:
     """As `complete_folder`, into a folder of its own; the run is only read. `quiet` asks nobody, and says nothing."""
-    report, recipe = Report.load(run / REPORT), parse_recipe(read_yaml(run / RECIPE), str(run / RECIPE))
+    report, recipe = Report.load(run / REPORT), parse_recipe(read_stored(run / RECIPE), str(run / RECIPE))
     model = run / MODEL
     files = publishable(model)  # refuses a folder without its weights
     base, source = find_base(recipe.model, recipe.revision, base_model, license, quiet)

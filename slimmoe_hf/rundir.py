@@ -17,7 +17,7 @@ from slimmoe_hf.atomic import PARTIAL, write_text
 from slimmoe_hf.loading import files_sha256
 from slimmoe_hf.recipe import parse_any_recipe
 from slimmoe_hf.schema import Document
-from slimmoe_hf.yaml_files import read_yaml
+from slimmoe_hf.stored_recipe import changed_defaults, read_stored
 
 RECIPE, STEPS, REPORT, LOCK = "recipe.yaml", "steps.json", "report.json", ".lock"
 CACHE = "teacher-cache"
@@ -170,12 +170,12 @@ def folder_state(path: Path, recipe: Document, overwrite: bool = False) -> State
         raise ValueError(f"{path}: holds files that are no run of slimmoe; they are left alone. Give another --output.")
     if overwrite:
         return "new"
-    theirs = parse_any_recipe(read_yaml(path / RECIPE), str(path / RECIPE))
+    theirs = parse_any_recipe(read_stored(path / RECIPE), str(path / RECIPE))
     if differences := recipe.differences(theirs):
         shown = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
         raise ValueError(
             f"{path}: holds a run of another recipe (it differs in {shown}). Give another --output, or --overwrite "
-            "to start over."
+            f"to start over{changed_defaults(differences, theirs)}."
         )
     return "finished" if REPORT in names else "unfinished"
 

@@ -25,10 +25,14 @@ class Document(Strict):
 
     def differences(self, other: Document) -> list[str]:
         """Dotted paths of the values that differ, `output` aside: where a run is stored is not what it is."""
-        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        mine, theirs = self.flat(), other.flat()
         return sorted(
             key for key in mine.keys() | theirs.keys() if key != "output" and mine.get(key) != theirs.get(key)
         )
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted path -> value."""
+        return _flat(self.model_dump())
 
     def to_yaml(self) -> str:
         """The recipe with every default spelt out, as it is stored beside the run."""

@@ -139,6 +139,17 @@ class Seq2SeqStage(Strict):
         check_arguments(arguments, seq2seq_arguments(), _ELSEWHERE)
         return arguments
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_stored(cls, values: Any) -> Any:
+        """A stored recipe spells out whatever was the default then: in a stage that factors it decides nothing."""
+        if not isinstance(values, dict) or values.get("merge") is not None:
+            return values
+        if not isinstance(calibration := values.get("calibration"), dict):
+            return values
+        asked = {key: value for key, value in calibration.items() if (key, type(value)) != ("reconstruct", bool)}
+        return {**values, "calibration": asked}
+
     @model_validator(mode="after")
     def _one_thing(self) -> Seq2SeqStage:
         if (self.merge is None) == (self.factor is None):

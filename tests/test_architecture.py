@@ -38,7 +38,7 @@ JOINTS = {
     "parsers_export",
     "grid", "grid_sizes", "compare_point", "compare_worker", "compare_pool", "compare_inputs", "compare_results", "comparison",
     "compare_command",
-    "budget", "search", "search_check", "search_command", "stage_search",
+    "stored_recipe", "budget", "search", "search_check", "search_command", "stage_search",
     "plots",
     "seq2seq_recipe", "seq2seq_models", "seq2seq_preflight", "seq2seq_outlook", "seq2seq_pipeline",
 }  # fmt: skip
