@@ -47,7 +47,7 @@ def parse_budget(given: int | str, whole: int, name: str) -> int:
             share = Decimal(text[:-1])
         except InvalidOperation:
             share = Decimal(0)
-        if not 0 < share <= 1:
+        if not share.is_finite() or not 0 < share <= 1:
             raise ValueError(
                 f"{name} {text}: not a share of the model. Write it as 0.25x, more than 0x and at most 1x."
             )
@@ -178,7 +178,22 @@ class Sizes:
             budget, active_budget: As `parse_budget` takes them; of all parameters, and of active ones.
 
         Raises:
-            ValueError: None is given, as `parse_budget`, the model meets them already, or no shape does.
+            ValueError: As `allowed`, or the model meets them already.
+        """
+        limits = self.allowed(budget, active_budget)
+        if self.met(limits):
+            raise ValueError(already_met(self.whole.total, self.whole.active))
+        return limits
+
+    def met(self, limits: Limits) -> bool:
+        """Whether the model itself keeps within limits."""
+        return self.widest(self.shape.num_experts, self.shape.kv_groups, limits) == self.shape.expert_width
+
+    def allowed(self, budget: int | str | None, active_budget: int | str | None) -> Limits:
+        """As `limits`, of a model that may meet them already.
+
+        Raises:
+            ValueError: None is given, as `parse_budget`, or no shape meets them.
         """
         if budget is None and active_budget is None:
             raise ValueError("a search needs a budget, of all parameters or of active ones, such as 7.6B or 0.25x.")
@@ -186,16 +201,6 @@ class Sizes:
             None if budget is None else parse_budget(budget, self.whole.total, "budget"),
             None if active_budget is None else parse_budget(active_budget, self.whole.active, "active budget"),
         )
-        self._require(limits)
-        return limits
-
-    def _require(self, limits: Limits) -> None:
-        shape = self.shape
-        if self.widest(shape.num_experts, shape.kv_groups, limits) == shape.expert_width:
-            raise ValueError(
-                f"the budget is met already: the model has {self.whole.total:,} parameters, {self.whole.active:,} of them "
-                "active. Ask for fewer."
-            )
         least = self.experts[0], self.widths[0], self.groups[0]
         for name, have, limit in zip(("budget", "active budget"), self.of(*least), limits, strict=True):
             if limit is not None and have > limit:
@@ -203,3 +208,14 @@ class Sizes:
                     f"the {name} of {limit:,} parameters cannot be met: the smallest shape ({least[0]} experts of width "
                     f"{least[1]}, key/value groups: {least[2]}) has {have:,}. Ask for that or more."
                 )
+        return limits
+
+
+def already_met(total: int, active: int, at_most: str = "") -> str:
+    """What is wrong with a budget that a model meets as it is.
+
+    Args:
+        total, active: Parameters of the model.
+        at_most: Said before them.
+    """
+    return f"the budget is met already: the model has {at_most}{total:,} parameters, {active:,} of them active. Ask for fewer."

@@ -82,9 +82,16 @@ def _repairing(plan: CompressionPlan) -> str:
     )
 
 
+def chosen_by(plan: CompressionPlan) -> dict[str, str]:
+    """What chose the `neurons` and groups, and what the `experts`, of those that a plan cuts."""
+    meta = plan.meta
+    found = {"neurons": meta.criterion} if plan.neurons or plan.groups else {}
+    return found | ({"experts": meta.expert_criterion or meta.criterion} if plan.experts else {})
+
+
 def _criteria(plan: CompressionPlan) -> str:
-    chosen, experts = plan.meta.criterion, plan.meta.expert_criterion
-    named = chosen if experts in (None, chosen) else f"{chosen}, experts by {experts}"
+    names = list(dict.fromkeys(chosen_by(plan).values())) or ["no criterion"]
+    named = ", experts by ".join(names)
     return f"{named}, reconstructed" if plan.meta.repairing else named
 
 

@@ -57,7 +57,7 @@ from slimmoe_hf.search_check import save_searched
 from slimmoe_hf.seq2seq_pipeline import run_pairs
 from slimmoe_hf.seq2seq_recipe import Seq2SeqRecipe
 from slimmoe_hf.sizing import DTYPES, wider_dtype
-from slimmoe_hf.stage_search import check_rows, found_by_measuring, found_by_prediction
+from slimmoe_hf.stage_search import check_rows, found_by_measuring, found_by_prediction, is_met, whole_plan
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.steps import check_room, shown_steps
 from slimmoe_hf.streamed_evaluation import stream_measurement
@@ -68,6 +68,7 @@ from slimmoe_hf.walk import discard
 
 _SCORING, _REPAIRING, _EVALUATING = "scoring", "reconstructing", "evaluating"
 """Folders for what passes between the layers of a model that streams; they go when what they were for is recorded."""
+_MET = "met already, nothing to cut"
 
 
 def run_recipe(
@@ -221,6 +222,11 @@ class _Pipeline:
     def _search(self, source: Path, folder: Path, stage: Stage, stats: ExpertStats) -> Result:
         """The plan of the best shape within a budget: by prediction where the model streams, else as measured."""
         seed, calibration = self.recipe.seed, stage.calibration
+        if is_met(load_config(source), stage.target):
+            plan = whole_plan(stage, stats, seed)
+            plan.save(folder / "plan")
+            get_console().log(f"{folder.name}: {stage.target}: {_MET}", markup=False)
+            return {"plan_sha256": plan.sha256, "found": _MET}
         if calibration.stream:
             found = found_by_prediction(stage, stats, seed)
             plan = found.plan(stats)

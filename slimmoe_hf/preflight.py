@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from slimmoe_hf.arguments import DistillationConfig
-from slimmoe_hf.budget import StageTarget
+from slimmoe_hf.budget import Limits, StageTarget
 from slimmoe_hf.data import dataset_hash, load_splits, take_apart, take_tokens, tokenize
 from slimmoe_hf.disk import meta_model
 from slimmoe_hf.evaluation import HeldOut, count_parameters, held_out, opening_prompts
@@ -30,9 +30,9 @@ from slimmoe_hf.loading import (
 )
 from slimmoe_hf.recipe import Recipe, Stage, TeacherCacheSpec
 from slimmoe_hf.rundir import CACHE
-from slimmoe_hf.sizing import own_dtype, slimmed_config
+from slimmoe_hf.sizing import own_dtype, parameter_counts, slimmed_config
 from slimmoe_hf.sources import arrived, fetch_weights, has_weights, open_source
-from slimmoe_hf.stage_search import supposed
+from slimmoe_hf.stage_search import most_after, supposed
 from slimmoe_hf.teacher import LiveTeacher
 from slimmoe_hf.terms import Terms
 
@@ -180,14 +180,15 @@ def check(recipe: Recipe, found: Outline, text: Text) -> Inputs:
 def check_targets(config: PreTrainedConfig, targets: list[StageTarget]) -> list[PreTrainedConfig]:
     """The configs after every stage, each target held against the model that the stage before leaves.
 
-    Of a budget it is `stage_search.supposed`, and so are those of later stages, which can only be budgets too.
+    Of a budget it is `stage_search.supposed`, and so are those of later stages, which can only be budgets too. One of
+    those may be met already by what is found: then its stage cuts nothing.
 
     Raises:
-        ValueError: A dense or unknown model, or a target that its stage's model cannot take.
+        ValueError: A dense or unknown model, a target that its stage's model cannot take, or a budget that it surely meets.
     """
     family_of(config)
     refuse_encoder_decoder(config, "a recipe without `task: seq2seq`")
-    configs = []
+    configs, most = [], _most(config)
     for number, target in enumerate(targets):
         try:
             if number and targets[number - 1].searched and not target.searched:
@@ -195,12 +196,22 @@ def check_targets(config: PreTrainedConfig, targets: list[StageTarget]) -> list[
                     "nobody knows yet whether these sizes fit the shape that a budget finds. Give this stage a budget too, or "
                     "sizes to the one before"
                 )
-            config = supposed(config, target) if target.searched else slimmed_config(config, target.sizes)
+            if target.searched:
+                most = most_after(most, target, known=number == 0 or not targets[number - 1].searched)
+                config = supposed(config, target)
+            else:
+                config = slimmed_config(config, target.sizes)
+                most = _most(config)
         except ValueError as error:
             before = f" (after stage {number})" if number else ""
             raise ValueError(f"stages.{number}.target: {str(error).rstrip()}{before}") from error
         configs.append(config)
     return configs
+
+
+def _most(config: PreTrainedConfig) -> Limits:
+    counts = parameter_counts(config)
+    return Limits(counts.total, counts.active)
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from slimmoe_hf import card
 from slimmoe_hf.arguments import DistillationConfig, schedule
 from slimmoe_hf.criteria import OF_GRADIENTS
-from slimmoe_hf.describe import size_rows
+from slimmoe_hf.describe import chosen_by, size_rows
 from slimmoe_hf.plan import CompressionPlan
 from slimmoe_hf.recipe import Recipe, Stage
 
@@ -25,19 +25,18 @@ def stage_settings(
         plans: Of all its stages.
         stage: The one of the column. plan: Its own. history: The logs of its training.
     """
-    calibration = stage.calibration
     said = _arguments(stage)
     kept = [layer.neuron_score_kept for layer in plan.meta.layers if layer.neuron_score_kept is not None]
     rows = int(said["per_device_train_batch_size"]) * int(said["gradient_accumulation_steps"])
     trained = [int(entry["num_tokens"]) for entry in history if "num_tokens" in entry]
     divergences = [float(entry["kl"]) for entry in history if "kl" in entry]
     each = " per process" if recipe.accelerate else ""
-    within = {"sizes found within": str(stage.target) if stage.target.searched else "-"}
-    of_loss = f", loss `{stage.loss}`" if stage.criterion in OF_GRADIENTS else ""
+    met = "" if chosen_by(plan) else " (met already, nothing was cut)"
+    within = {"sizes found within": f"{stage.target}{met}" if stage.target.searched else "-"}
     return {
         **size_rows(plan, any(each.experts for each in plans)),
         **(within if any(each.target.searched for each in recipe.stages) else {}),
-        "scored by": f"`{stage.criterion}` on {calibration.tokens:,} tokens{of_loss}",
+        "scored by": _scored(plan, stage),
         "score that stayed": f"{mean(kept):.0%}" if kept else "all",
         "optimizer steps": f"{history[-1]['step']:,}" if history else str(said["max_steps"]),
         "batch": f"{rows:,} rows of {recipe.data.max_length:,} tokens{each}",
@@ -47,6 +46,15 @@ def stage_settings(
         "weights while training": stage.training_dtype + _mixed(said),
         "KL to the teacher": f"{divergences[0]:.3f} → {divergences[-1]:.3f}" if divergences else "-",
     }  # fmt: skip
+
+
+def _scored(plan: CompressionPlan, stage: Stage) -> str:
+    names = list(dict.fromkeys(chosen_by(plan).values()))
+    if not names:
+        return "nothing was cut"
+    of_loss = f", loss `{plan.meta.loss}`" if any(name in OF_GRADIENTS for name in names) else ""
+    named = ", experts by ".join(f"`{name}`" for name in names)
+    return f"{named} on {stage.calibration.tokens:,} tokens{of_loss}"
 
 
 def _arguments(stage: Stage) -> dict[str, Any]:

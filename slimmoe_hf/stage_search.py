@@ -13,9 +13,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from slimmoe_hf.budget import Limits, Sizes, StageTarget
+from slimmoe_hf.budget import Limits, Sizes, StageTarget, already_met, parse_budget
+from slimmoe_hf.families import config_from, shape_of
 from slimmoe_hf.loading import load_model
-from slimmoe_hf.plan import CompressionPlan
+from slimmoe_hf.plan import CompressionPlan, Target, make_plan
 from slimmoe_hf.recipe import Stage
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import check_search
@@ -35,9 +36,56 @@ def limits_of(config: PreTrainedConfig, target: StageTarget) -> Limits:
         target: With a budget.
 
     Raises:
-        ValueError: As `Sizes.limits`.
+        ValueError: As `Sizes.allowed`.
     """
-    return Sizes(config).limits(target.budget, target.active_budget)
+    return Sizes(config).allowed(target.budget, target.active_budget)
+
+
+def most_after(most: Limits, target: StageTarget, known: bool) -> Limits:
+    """The most parameters that a model can have after a stage with a budget.
+
+    Args:
+        most: The same before it.
+        target: With a budget.
+        known: The model has just so many before it; otherwise an earlier budget may leave fewer.
+
+    Raises:
+        ValueError: As `parse_budget`, or the budget is met by whatever comes before it.
+    """
+    assert most.total is not None and most.active is not None
+    budgets = ((target.budget, most.total, "budget"), (target.active_budget, most.active, "active budget"))
+    total, active = (
+        min(whole, parse_budget(given, whole, name)) if given is not None else whole for given, whole, name in budgets
+    )
+    if (total, active) == most:
+        raise ValueError(already_met(total, active, "" if known else "at most "))
+    return Limits(total, active)
+
+
+def is_met(config: PreTrainedConfig, target: StageTarget) -> bool:
+    """Whether a model keeps within a stage's budgets as it is, because an earlier budget found so small a shape.
+
+    Args:
+        config: Of the model that the stage starts from.
+        target: With a budget.
+
+    Raises:
+        ValueError: As `Sizes.allowed`.
+    """
+    return Sizes(config).met(limits_of(config, target))
+
+
+def whole_plan(stage: Stage, stats: ExpertStats, seed: int) -> CompressionPlan:
+    """The plan that keeps everything, of a stage whose budgets are met already.
+
+    Args:
+        stage: With a budget.
+        stats: Of the model that it starts from.
+        seed: The recipe's.
+    """
+    shape = shape_of(config_from(stats.meta.config))
+    sizes = Target(expert_width=shape.expert_width, kv_groups=shape.kv_groups, num_experts=shape.num_experts)
+    return make_plan(stats, sizes, stage.criterion, seed, stage.expert_criterion)
 
 
 def supposed(config: PreTrainedConfig, target: StageTarget) -> PreTrainedConfig:
@@ -48,7 +96,7 @@ def supposed(config: PreTrainedConfig, target: StageTarget) -> PreTrainedConfig:
         target: With a budget.
 
     Raises:
-        ValueError: As `Sizes.limits`.
+        ValueError: As `Sizes.allowed`.
     """
     return slimmed_config(config, Sizes(config).nearest(limits_of(config, target)))
 

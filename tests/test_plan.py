@@ -92,6 +92,8 @@ def test_neurons_are_chosen_within_the_experts_that_stay_whatever_chose_those():
         assert torch.equal(both.experts[layer], kept)
         assert torch.equal(both.neurons[layer], width.neurons[layer][kept])
     assert "by energy, experts by reap" in describe_plan(both)
+    alone = make_plan(stats, Target(num_experts=2))
+    assert "num_experts=2, by reap (" in describe_plan(alone), "energy chose nothing"
 
 
 def test_the_expert_criteria_are_what_they_say():

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 from recipes import tiny_recipe, write_recipe
 from runs import in_child
 
 from slimmoe_hf import pipeline
-from slimmoe_hf.describe import size_rows
+from slimmoe_hf.describe import describe_plan, size_rows
+from slimmoe_hf.families import shape_of
 from slimmoe_hf.loading import load_config
 from slimmoe_hf.pipeline import run_recipe
 from slimmoe_hf.plan import CompressionPlan
@@ -21,6 +23,7 @@ from slimmoe_hf.preflight import check_targets
 from slimmoe_hf.recipe import parse_recipe
 from slimmoe_hf.report import Report
 from slimmoe_hf.sizing import parameter_counts
+from slimmoe_hf.stage_search import is_met
 
 REAL_MEASURING = pipeline.found_by_measuring
 
@@ -41,6 +44,9 @@ def budgeted(folder: Path, *targets: dict[str, Any], **calibration: Any) -> dict
         ({"budget": "7.6Q"}, "stages.0.target.budget: budget 7.6Q: not a number of parameters"),
         ({"budget": "1.5x"}, "stages.0.target.budget: budget 1.5x: not a share of the model"),
         ({"budget": 0}, "stages.0.target.budget: budget 0: not a number of parameters"),
+        ({"budget": "nanx"}, "stages.0.target.budget: budget nanx: not a share of the model"),
+        ({"budget": "sNaNx"}, "stages.0.target.budget: budget sNaNx: not a share of the model"),
+        ({"active_budget": "infx"}, "stages.0.target.active_budget: active_budget infx: not a share"),
         ({"budget": True}, "stages.0.target.budget: input should be a valid string"),
         ({"active_budget": "x"}, "stages.0.target.active_budget: active_budget x: not a share"),
         ({"budgte": "0.5x"}, "stages.0.target.budgte: unknown key; did you mean budget?"),
@@ -59,7 +65,9 @@ def test_a_bad_budget_is_one_line(target: dict[str, Any], message: str, tmp_path
         ([{"budget": "10"}], "stages.0.target: the budget of 10 parameters cannot be met: the smallest shape"),
         ([{"budget": "1B"}], "stages.0.target: the budget is met already"),
         ([{"budget": "0.7x"}, {"expert_width": 8}], "stages.1.target: nobody knows yet whether these sizes fit"),
-        ([{"budget": "0.7x"}, {"budget": "1.0x"}], "stages.1.target: the budget is met already"),
+        ([{"budget": "0.7x"}, {"budget": "1.0x"}], "stages.1.target: the budget is met already: the model has at most"),
+        ([{"budget": "0.7x"}, {"budget": "0.9x"}, {"budget": "1B"}], "stages.2.target: the budget is met already"),
+        ([{"expert_width": 16}, {"budget": "1B"}], "stages.1.target: the budget is met already: the model has"),
     ],
 )
 def test_a_budget_that_no_shape_meets_is_refused_ahead(targets: list[dict[str, Any]], message: str, tmp_path: Path):
@@ -67,6 +75,35 @@ def test_a_budget_that_no_shape_meets_is_refused_ahead(targets: list[dict[str, A
     with pytest.raises(ValueError) as caught:
         check_targets(load_config(tmp_path / "teacher"), [stage.target for stage in recipe.stages])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+MAYBE_MET = ({"budget": "0.6x"}, {"budget": "31000"})
+"""What the first stage leaves may keep within the second's budget: nobody knows before it is found."""
+
+
+def test_a_budget_that_an_earlier_one_may_meet_passes_and_is_looked_at_in_its_turn(tmp_path: Path):
+    recipe = parse_recipe(budgeted(tmp_path, *MAYBE_MET), "r")
+    first, second = (stage.target for stage in recipe.stages)
+    config = load_config(tmp_path / "teacher")
+    after = check_targets(config, [first, second])
+    assert not is_met(config, second) and not is_met(config, first)
+    assert is_met(after[0], second) and shape_of(after[1]) == shape_of(after[0]), "nothing to cut"
+
+
+@pytest.mark.slow  # a run of two stages
+def test_a_stage_whose_budget_is_met_already_only_trains(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(rich.get_console(), "_width", 400)
+    report = run_recipe(write_recipe(tmp_path, budgeted(tmp_path, *MAYBE_MET)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stage-2: at most 31000 parameters: met already, nothing to cut" in said
+    plan = CompressionPlan.load(tmp_path / "run" / "stage-2" / "plan")
+    assert plan.meta.before == plan.meta.after and not any(plan.kept.values())
+    _, _, first, slimmed, second = report.models
+    assert slimmed.found == "met already, nothing to cut" and slimmed.loss == pytest.approx(first.loss, abs=1e-6)
+    assert slimmed.weights_sha256 == first.weights_sha256 != second.weights_sha256
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "at most 31000 parameters (met already, nothing was cut)" in card and "nothing was cut |" in card
+    assert "by no criterion" in describe_plan(plan)
 
 
 def test_a_dry_run_says_what_is_known_of_a_budget_and_what_is_not(tmp_path: Path, capsys, monkeypatch):
