@@ -13,6 +13,8 @@ tables:
       - {name: narrow, target: {expert_width: 96}, criterion: taylor}
       - {name: merge and factor, merge: {num_experts: 4}, factor: {rank: 32, density: 0.19}}
 ```
+
+The first method is the paper's cut: slices, chosen by `taylor`.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ class Method(Strict):
         name: In tables and pictures.
         target: What is cut to.
         criterion, expert_criterion: Which scores decide, as in a recipe's stage.
-        reconstruct: The output projections of what is left are solved anew, on the text that was scored.
+        reconstruct: The output projections of what is left are solved anew, on the text that was scored. A comparison is of
+            slices where a method does not ask for this: the default of recipes and of the command line is not that of grids.
         merge: Experts are averaged into fewer. factor: They are factored, after the cut or the merging if there is one.
         from_scratch: A model of the target's shape with random weights in place of a cut one.
         stages: The cut is made in so many steps, each followed by an equal part of the recovery, on rows of its own.
