@@ -31,7 +31,8 @@ class ModelReport(Measurement):
         teacher_sha256: Hash of the weight files of the original model, which every stage learns from.
         scored_sha256: Of a slimmed or merged model: hash of the weight files of the model that was scored and cut.
         stats_sha256, plan_sha256: Of a slimmed or merged model: what decided.
-        found: Of a slimmed model whose stage had a budget: the shape that was found, experts x width, and fewer groups.
+        found: Of a slimmed model whose stage had a budget: the shape that was found, experts x width, and fewer groups; or that
+            the budget was met already.
         tasks: What benchmark tasks gave, where some were run.
         generation: How right the answers of an encoder-decoder are.
     """
