@@ -25,6 +25,7 @@ from slimmoe_hf import cli, commands, parsers, parsers_cut, student_training
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA
 from slimmoe_hf.loading import load_model, weights_sha256
 from slimmoe_hf.machines import MACHINES
+from slimmoe_hf.recipe import load_recipe
 
 COMMANDS = (
     "env",
@@ -383,7 +384,7 @@ def test_a_foreign_and_a_locked_output_folder_are_one_line(home: Path, capsys: p
     assert [path.name for path in (home / "foreign").iterdir()] == ["thesis.txt"]
     assert "thesis.txt: is a file" in one_error(capsys, "run", recipe, "--output", str(home / "foreign" / "thesis.txt"))
     (home / "locked").mkdir()
-    shutil.copy(recipe, home / "locked" / "recipe.yaml")
+    (home / "locked" / "recipe.yaml").write_text(load_recipe(recipe).to_yaml())  # as a run stores it
     (home / "locked" / "steps.json").write_text("{}")
     with FileLock(home / "locked" / ".lock"):
         message = one_error(capsys, "run", recipe, "--output", str(home / "locked"))
