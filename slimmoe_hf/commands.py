@@ -68,7 +68,7 @@ from slimmoe_hf.preflight import check_teacher, training_arguments
 from slimmoe_hf.recipe import load_any_recipe, reconstructing
 from slimmoe_hf.reconstruction import without_repairs
 from slimmoe_hf.report import samples, table
-from slimmoe_hf.scoring import planned, remove_work, scored
+from slimmoe_hf.scoring import clear_output, planned, remove_work, scored
 from slimmoe_hf.stats import ExpertStats
 from slimmoe_hf.student_training import distil, save_checkpoint
 
@@ -128,7 +128,7 @@ def _show_families(as_json: bool) -> None:
 def score(args: argparse.Namespace) -> None:
     """A model and text in, statistics out."""
     require(args, "model", "data", "output")
-    output = output_path(args, file=True)
+    output = clear_output(args, file=True)
     stats = scored(args, output, args.loss or CALIBRATION_LOSS)  # a later plan may look at gradients
     stats.save(output)
     remove_work(args, output)
@@ -172,7 +172,7 @@ def _show(folders: list[str], as_json: bool) -> None:
 def slim(args: argparse.Namespace) -> None:
     """A checkpoint and a plan (or text and a size) in, a smaller checkpoint out."""
     require(args, "model", "output")
-    output, size = output_path(args), size_of(args, "shard_size")
+    output, size = clear_output(args), size_of(args, "shard_size")
     if args.dtype is not None and args.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {args.dtype}: unknown; use float32, bfloat16 or float16.")
     target = target_of(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimmoe_hf.calibration import CALIBRATION_LOSSES, collect_stats
-from slimmoe_hf.command_inputs import open_checkpoint, read_documents
+from slimmoe_hf.command_inputs import open_checkpoint, output_path, read_documents
 from slimmoe_hf.criteria import calibration_loss
 from slimmoe_hf.data import batches, take_apart, take_rows, tokenize, tokenize_pairs
 from slimmoe_hf.defaults import CALIBRATION_LOSS, reconstructs
@@ -151,6 +152,27 @@ def remove_work(args: argparse.Namespace, output: Path) -> None:
     if args.stream:
         discard(_work(output))
         discard(_repairs(output))
+
+
+def clear_output(args: argparse.Namespace, file: bool = False) -> Path:
+    """As `output_path`; of a command that was killed when its output was whole, what it kept to continue goes first.
+
+    Work that is younger than the output is left: it is that of another command, with `--overwrite`, which may go on.
+
+    Args:
+        args: As the parser has them.
+        file: As there.
+
+    Raises:
+        ValueError: As there.
+    """
+    output = Path(args.output).expanduser()
+    if output.exists() and not args.overwrite:
+        for work in filter(Path.is_dir, (_work(output), _repairs(output))):
+            with suppress(OSError):  # files go while somebody works there
+                if max(each.stat().st_mtime_ns for each in (work, *work.rglob("*"))) <= output.stat().st_mtime_ns:
+                    discard(work)
+    return output_path(args, file)
 
 
 def _work(output: Path) -> Path:

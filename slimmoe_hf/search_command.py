@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from slimmoe_hf.budget import Sizes
-from slimmoe_hf.command_inputs import output_path, print_json, read_documents, require, say, target_of
+from slimmoe_hf.command_inputs import print_json, read_documents, require, say, target_of
 from slimmoe_hf.criteria import check_criteria
 from slimmoe_hf.data import document_hash, load_documents
 from slimmoe_hf.describe import describe_plan
@@ -18,7 +18,7 @@ from slimmoe_hf.evaluation import HeldOut, held_out
 from slimmoe_hf.families import refuse_encoder_decoder
 from slimmoe_hf.loading import find_checkpoint, load_config, load_tokenizer
 from slimmoe_hf.plan import Target
-from slimmoe_hf.scoring import loss_of, rebuilt, remove_work, scored_model, scored_stream
+from slimmoe_hf.scoring import clear_output, loss_of, rebuilt, remove_work, scored_model, scored_stream
 from slimmoe_hf.search import Search, search_plan
 from slimmoe_hf.search_check import Checked, check_search, save_searched
 from slimmoe_hf.sizing import own_dtype
@@ -41,7 +41,7 @@ def search(args: argparse.Namespace) -> None:
             as `scored`, `search_plan` and `check_search`.
     """
     require(args, "output")
-    output = output_path(args)
+    output = clear_output(args)
     if target_of(args) != Target():
         raise ValueError("--budget finds the sizes itself. Leave --expert-width, --num-experts and --kv-groups out.")
     if len(args.inputs) != 1:

@@ -256,6 +256,27 @@ def test_slim_and_merge_reconstruct_on_the_command_line(tmp_path: Path, capsys: 
 
 
 @pytest.mark.usefixtures("as_loud_as_before")
+def test_work_left_by_a_command_killed_at_its_end_goes_and_that_of_one_under_way_stays(
+    tmp_path: Path, capsys, monkeypatch
+):
+    model, prose, out = str(save_tiny(tmp_path / "model")), str(write_text(tmp_path / "text.jsonl")), tmp_path / "out"
+    data = ["--data", prose, "--max-length", "64", "--tokens", "512", "--expert-width", "16", "--stream"]
+    command = ["slim", model, *data, "--output", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "remove_work", lambda *_: None)
+        assert cli.main(command) == 0
+    left = sorted(tmp_path.glob("out.*"))
+    assert [each.suffix for each in left] == [".reconstructing", ".scoring"]
+    later = out.stat().st_mtime_ns + 10**9
+    os.utime(left[0] / "request.json", ns=(later, later))
+    assert "is there already" in one_error(capsys, *command)
+    assert sorted(tmp_path.glob("out.*")) == left[:1], "another command, with --overwrite, may be at it"
+    os.utime(left[0] / "request.json", ns=(0, 0))
+    assert "is there already" in one_error(capsys, *command)
+    assert not list(tmp_path.glob("out.*")) and out.is_dir()
+
+
+@pytest.mark.usefixtures("as_loud_as_before")
 def test_slim_leaves_a_plans_repairs_out_and_then_cuts_siblings_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, sibling = save_tiny(tmp_path / "model"), save_tiny(tmp_path / "sibling", seed=1)
     plan = random_plan(load_model(path), Target(expert_width=16))
