@@ -100,7 +100,7 @@ def test_push_to_hub_brings_the_model_its_plan_and_our_card_in_one_commit(hub: P
     assert commit.oid in commit.commit_url and len((hub / "commits.log").read_text().splitlines()) == before + 1
     assert files(there) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "plan/plan.json", "plan/plan.safetensors",
+        "chat_template.jinja", "plan/plan.json", "plan/plan.safetensors", "plan/repairs.safetensors",
     }  # fmt: skip
     assert CompressionPlan.load(there / "plan").sha256 == CompressionPlan.load(out / "plan").sha256
     text = (there / "README.md").read_text()

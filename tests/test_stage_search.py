@@ -107,7 +107,7 @@ def test_a_stage_whose_budget_is_met_already_only_trains(tmp_path: Path, capsys,
 
 
 def test_a_dry_run_says_what_is_known_of_a_budget_and_what_is_not(tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(rich.get_console(), "_width", 400)
     values = budgeted(tmp_path, {"budget": "0.8x", "active_budget": "0.9x"}, {"budget": "0.9x"}, reconstruct=True)
     values["stages"][1]["calibration"] = {"tokens": 1024, "stream": True}
     assert run_recipe(write_recipe(tmp_path, values), dry_run=True) is None
