@@ -85,7 +85,12 @@ def test_it_answers_the_rows_that_distill_trains_on(home: Path):
 def test_flags_reach_the_cache(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = ["--top-k", "4", "--temperature", "2", "4", "--shard-size", "3kB", "--no-packing", "--seed", "3"]
     flags += ["--dtype", "bfloat16", "--batch-size", "3", "--vocab-size", "319"]
-    assert cli.main([*write(home, *flags), "--output", str(tmp_path / "c")]) == 0
+    tokenizer, texts = tiny_tokenizer(), (home / "text.jsonl").read_text().splitlines(keepends=True)
+    known = [text for text in texts if 319 not in tokenizer(json.loads(text)["text"]).input_ids]  # of --vocab-size
+    (tmp_path / "text.jsonl").write_text("".join(known))
+    command = [*write(home, *flags), "--output", str(tmp_path / "c")]
+    command[command.index("--data") + 1] = str(tmp_path / "text.jsonl")
+    assert cli.main(command) == 0
     found = inspected(capsys, tmp_path / "c")
     assert found["top_k"] == 4 and found["temperatures"] == [1.0, 2.0, 4.0] and found["shards"] > 1
     assert found["bytes_per_answer"] == 4 * 4 + 3 * 2 and found["computed"] == "bfloat16" and found["vocab_size"] == 319
