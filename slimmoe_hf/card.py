@@ -324,4 +324,9 @@ def plan_text(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     chosen = f"`{criterion}`" if of_experts in (None, criterion) else f"`{criterion}`, experts by `{of_experts}`"
-    return f"It was slimmed: {cut}, chosen by {chosen}; `{folder.name}/` says which stayed."
+    if of_experts is not None and cut == cut_in_words(
+        Shape(**before), Shape(**{**before, "num_experts": after["num_experts"]})
+    ):
+        chosen = f"`{of_experts}`"
+    solved = ", output projections solved anew" if plan.get("repairing") else ""
+    return f"It was slimmed: {cut}, chosen by {chosen}{solved}; `{folder.name}/` says which stayed."

@@ -218,7 +218,9 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Push the model, its tokenizer, card and plan to `args.hub_model_id`, in one commit.
+        """Push the model, its tokenizer, card and plan (with the output projections that it solved) to `args.hub_model_id`.
+
+        All in one commit.
 
         No checkpoint, optimizer state or pickle goes along; pickles and older weights there are deleted in the same commit.
 

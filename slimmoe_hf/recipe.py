@@ -20,7 +20,7 @@ import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_serializer, field_validator, model_validator
 
 from slimmoe_hf.budget import StageTarget
 from slimmoe_hf.criteria import CRITERIA, EXPERT_CRITERIA, calibration_loss, check_criteria
@@ -132,6 +132,11 @@ class Stage(Strict):
         check_criteria(self.criterion, self.expert_criterion, **self.target.asks)
         assert self.loss  # refuses `none` where gradients are looked at
         return self
+
+    @field_serializer("calibration")
+    def _loss_by_name(self, calibration: Calibration) -> dict[str, Any]:
+        """A stored recipe says what was done, whatever a later version takes where nothing is said."""
+        return {**calibration.model_dump(), "loss": self.loss}
 
     @property
     def loss(self) -> str:

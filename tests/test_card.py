@@ -211,7 +211,9 @@ def test_the_card_of_the_quickstart_is_one_that_could_be_published():
     ("more", "says"),
     [
         ({}, "It was slimmed: every layer from 4 to 3 experts, chosen by `taylor`; `plan/` says which stayed."),
-        ({"expert_criterion": "reap"}, "chosen by `taylor`, experts by `reap`; "),
+        ({"expert_criterion": "reap"}, "from 4 to 3 experts, chosen by `reap`; "),
+        ({"expert_criterion": "reap", "width": 16}, "from 32 to 16 neurons, chosen by `taylor`, experts by `reap`; "),
+        ({"width": 16, "repairing": {"ridge": 0.05}}, "`taylor`, output projections solved anew; "),
         (
             {"merging": {"similarity": "router_logits", "grouping": "dominant", "reference": "dominant"}},
             "Its experts were merged: every layer from 4 to 3 experts, by `router_logits` into groups by `dominant`",
@@ -223,7 +225,8 @@ def test_a_plan_beside_the_weights_is_put_in_words(more: dict[str, object], says
         "expert_width": 32, "num_experts": 4, "top_k": 2, "query_heads": 4, "kv_groups": 2, "head_width": 8, "hidden_size": 32,
         "layers": 2,
     }  # fmt: skip
-    plan = {"before": before, "after": before | {"num_experts": 3}, "criterion": "taylor", **more}
+    after = before | {"num_experts": 3, "expert_width": more.get("width", 32)}
+    plan = {"before": before, "after": after, "criterion": "taylor", **more}
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_text(json.dumps(plan))
     assert says in card.plan_text(tmp_path / "plan")

@@ -24,7 +24,8 @@ def test_defaults_are_spelt_out_and_read_back_equal():
     assert stage.target.sizes == Target(expert_width=64)
     assert stage.criterion == "energy" and stage.loss == "none" and stage.calibration.reconstruct
     again = parse_recipe(yaml.safe_load(recipe.to_yaml()), "r")
-    assert again == recipe and again.differences(recipe) == []
+    assert "loss: none" in recipe.to_yaml() and again.to_yaml() == recipe.to_yaml()
+    assert again.differences(recipe) == []
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ class KeptStage(Data):
         """What scored what was cut, as in `neurons by energy, experts by reap`."""
         neurons = f"neurons by {self.criterion}"
         if not self.dropped:
-            return neurons
+            whole = self.width_after == self.width_before and self.groups_after == self.groups_before
+            return "nothing was cut" if whole else neurons
         experts = f"experts by {self.expert_criterion or self.criterion}"
         return experts if self.width_after == self.width_before else f"{neurons}, {experts}"
 
