@@ -313,8 +313,8 @@ def plan_text(folder: Path) -> str:
     """What a plan beside the weights says of the cut, in a sentence; nothing where there is none that can be read."""
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        before, after, criterion = plan["before"], plan["after"], plan["criterion"]
-        cut = cut_in_words(Shape(**before), Shape(**after))
+        before, after, criterion = Shape(**plan["before"]), Shape(**plan["after"]), plan["criterion"]
+        cut = cut_in_words(before, after)
         merging, of_experts = plan.get("merging"), plan.get("expert_criterion")  # which older plans lack
         if merging is not None:
             if merging.get("counts") == "adaptive":
@@ -323,10 +323,8 @@ def plan_text(folder: Path) -> str:
             return f"Its experts were merged: {cut}, {how}; `{folder.name}/` says which."
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    chosen = f"`{criterion}`" if of_experts in (None, criterion) else f"`{criterion}`, experts by `{of_experts}`"
-    if of_experts is not None and cut == cut_in_words(
-        Shape(**before), Shape(**{**before, "num_experts": after["num_experts"]})
-    ):
-        chosen = f"`{of_experts}`"
+    narrowed = (before.expert_width, before.kv_groups) != (after.expert_width, after.kv_groups)
+    names = dict.fromkeys([*([criterion] if narrowed or of_experts is None else []), *filter(None, [of_experts])])
+    chosen = ", experts by ".join(f"`{name}`" for name in names)
     solved = ", output projections solved anew" if plan.get("repairing") else ""
     return f"It was slimmed: {cut}, chosen by {chosen}{solved}; `{folder.name}/` says which stayed."
